@@ -1,0 +1,306 @@
+"""h5 files of patches to batches on the training device, and h5 files of whole pictures for evaluation.
+
+Layout (yjn870's): training files hold datasets `lr` and `hr`, float32, N x P x P (ours also N x C x P x P) in 0..255;
+evaluation files hold groups `lr` and `hr` with datasets "0", "1", ... of H x W (or C x H x W).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils import InputError
+
+CPU_SHARE, CUDA_SHARE = 1 / 8, 1 / 2  # of the free memory that patches may fill
+BLOCK = 64 << 20  # bytes read at once where a whole file is gone through
+CURE = "make it anew with prepare.py"
+
+
+def open_h5(path: str | Path) -> h5py.File:
+    """Open an h5 file for reading, or raise InputError with the reason."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such h5 file; make it with prepare.py")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(f"{path}: no h5 file, or truncated; {CURE}") from error
+
+
+def _open_pair(
+    path: str | Path, kind: type, use: str, scale: int | None
+) -> tuple[h5py.File, object, object]:
+    """The file and its `lr` and `hr`, which must be datasets (for training) or groups (for evaluation)."""
+    file = open_h5(path)
+    for name in ("lr", "hr"):
+        if name not in file:
+            raise InputError(f"{path}: holds no {name!r}; {CURE}")
+        if not isinstance(file[name], kind):
+            hint = "drop --eval" if kind is h5py.Dataset else "add --eval"
+            raise InputError(
+                f"{path}: is no {use} file; to make one, {hint} in the call of prepare.py"
+            )
+    made_for = file.attrs.get("scale", scale)
+    if scale is not None and made_for != scale:
+        raise InputError(
+            f"{path}: was made for --scale {made_for}, not {scale}; change --scale or the file"
+        )
+    return file, file["lr"], file["hr"]
+
+
+def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[int, ...]:
+    """Check a training file's layout and return its shape, always as (N, C, P, P).
+
+    Args:
+        scale: what the file must have been made for (files of the forks do not say), or None.
+        halo: of the network; a patch must leave at least one output pixel.
+    """
+    with (pair := _open_pair(path, h5py.Dataset, "training", scale))[0]:
+        _, lr, hr = pair
+        if lr.shape != hr.shape:
+            raise InputError(
+                f"{path}: 'lr' is {lr.shape} and 'hr' {hr.shape}, they must be equal; {CURE}"
+            )
+        if lr.ndim not in (3, 4) or lr.shape[-1] != lr.shape[-2]:
+            raise InputError(f"{path}: 'lr' is {lr.shape}, not N x P x P; {CURE}")
+        if not len(lr):
+            raise InputError(f"{path}: holds no patch; {CURE} from larger pictures")
+        if lr.shape[-1] < 2 * halo + 1:
+            raise InputError(
+                f"{path}: {lr.shape[-1]}-pixel patches; this network needs --patch-size {2 * halo + 1}"
+            )
+        return lr.shape if lr.ndim == 4 else (len(lr), 1, *lr.shape[1:])
+
+
+def read_eval_pairs(
+    path: str | Path, scale: int | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """All (ilr, hr) pictures of an evaluation file, float32 in 0..255, H x W or C x H x W."""
+    with (opened := _open_pair(path, h5py.Group, "evaluation", scale))[0]:
+        _, lr, hr = opened
+        if not len(lr) or set(lr) != set(hr):
+            raise InputError(
+                f"{path}: 'lr' holds {len(lr)} pictures and 'hr' {len(hr)}; {CURE}"
+            )
+        pairs = []
+        for name in sorted(lr, key=lambda name: (len(name), name)):
+            pair = (
+                _read(path, lr[name], slice(None)),
+                _read(path, hr[name], slice(None)),
+            )
+            if pair[0].shape != pair[1].shape:
+                raise InputError(
+                    f"{path}: picture {name!r} differs in shape between 'lr' and 'hr'; {CURE}"
+                )
+            pairs.append(pair)
+    return pairs
+
+
+def _read(
+    path: str | Path, dataset: h5py.Dataset, rows: slice | np.ndarray
+) -> np.ndarray:
+    """Rows of a dataset as float32, checked to be finite."""
+    try:
+        values = np.asarray(dataset[rows], np.float32)
+    except OSError as error:
+        raise InputError(f"{path}: truncated or damaged; {CURE}") from error
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: {dataset.name[1:]!r} holds NaN or infinity; {CURE}")
+    return values
+
+
+class H5Patches(Dataset):
+    """The patches of one or several training files, read batch by batch; index i runs through the files in order.
+
+    The files are opened on first use in each process, so that workers may be forked or spawned.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], scale: int | None, halo: int
+    ) -> None:
+        self.paths = list(paths)
+        shapes = [check_train_file(path, scale, halo) for path in self.paths]
+        for path, shape in zip(self.paths, shapes):
+            if shape[1:] != shapes[0][1:]:
+                raise InputError(
+                    f"{path}: patches are {shape[1:]}, those of {paths[0]} {shapes[0][1:]}; use one kind"
+                )
+        self.patch_shape = shapes[0][1:]
+        self.starts = np.cumsum([0] + [shape[0] for shape in shapes])
+        self.files = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict:
+        return {
+            **self.__dict__,
+            "files": None,
+        }  # an open h5 file does not survive the way to another process
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lr, hr) of these patches, in this order, each len(indices) x C x P x P, read in file order."""
+        self.files = self.files or [open_h5(path) for path in self.paths]
+        indices = np.asarray(indices)
+        pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
+        for path, file, start, stop in zip(
+            self.paths, self.files, self.starts, self.starts[1:]
+        ):
+            (places,) = np.nonzero((indices >= start) & (indices < stop))
+            if len(places):
+                rows, inverse = np.unique(indices[places] - start, return_inverse=True)
+                rows = (
+                    slice(rows[0], rows[-1] + 1)
+                    if rows[-1] - rows[0] + 1 == len(rows)
+                    else rows
+                )
+                for target, name in zip(pair, ("lr", "hr")):
+                    target[places] = _read(path, file[name], rows).reshape(
+                        -1, *self.patch_shape
+                    )[inverse]
+        return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+
+
+def _as_read(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair  # __getitems__ has made the batch; a lambda could not travel to a spawned worker
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes on the device, or an estimate of 8 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(
+            1024 * int(line.split()[1])
+            for line in lines
+            if line.startswith("MemAvailable")
+        )
+    except (OSError, StopIteration):
+        return 8 << 30
+
+
+class Batches:
+    """Shuffled, augmented batches of patches on the training device; the same for a seed, wherever the patches live.
+
+    Where the patches fit into a share of the device's free memory they are read once and stay there; else a
+    DataLoader streams them from the files.
+
+    Args:
+        patches: where they come from.
+        batch_size: of all ranks together; each takes its equal part of every batch.
+        seed: with the epoch's number it decides order and flips.
+        augment: turn and flip each patch at random, in one of eight ways.
+        crop: pixels cut off each side of `hr`, the network's halo.
+        num_workers: processes that read where patches are streamed.
+        stream: True or False decides for the DataLoader or against it; None looks at the free memory.
+    """
+
+    def __init__(
+        self,
+        patches: H5Patches,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        augment: bool = True,
+        crop: int = 0,
+        num_workers: int = 0,
+        stream: bool | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.patches, self.seed, self.device, self.augment, self.crop = (
+            patches,
+            seed,
+            device,
+            augment,
+            crop,
+        )
+        self.batch_size = min(batch_size, len(patches) // world_size * world_size)
+        self.part = slice(rank, None, world_size)
+        self.num_workers = num_workers
+        size = 2 * 4 * len(patches) * math.prod(patches.patch_shape)
+        share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE / world_size
+        self.stream = size > share * free_memory(device) if stream is None else stream
+        self.table = symmetries(patches.patch_shape[-1]).to(device)
+        self.resident = None if self.stream else self._load()
+
+    def __len__(self) -> int:
+        """Batches in an epoch; patches that do not fill the last one wait for another epoch's order."""
+        return len(self.patches) // self.batch_size
+
+    def _load(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read everything, block by block, to the device."""
+        shape = len(self.patches), *self.patches.patch_shape
+        resident = (
+            torch.empty(shape, device=self.device),
+            torch.empty(shape, device=self.device),
+        )
+        step = max(1, BLOCK // (4 * math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            rows = range(start, min(start + step, shape[0]))
+            for whole, block in zip(resident, self.patches.__getitems__(rows)):
+                whole[rows.start : rows.stop] = block
+        return resident
+
+    def epoch(
+        self, number: int, first: int = 0
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's batches of an epoch from the `first` on: (lr, hr) in 0..1, n x C x P x P, `hr` cropped."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        used = len(self) * self.batch_size
+        order = torch.randperm(len(self.patches), generator=generator)[:used].view(
+            len(self), -1
+        )[first:, self.part]
+        ways = torch.randint(8, (len(self), self.batch_size), generator=generator)[
+            first:, self.part
+        ].to(self.device)
+        if not self.augment:
+            ways = torch.zeros_like(ways)
+        for (lr, hr), way in zip(self._gather(order), ways):
+            yield self._finish(lr, way, 0), self._finish(hr, way, self.crop)
+
+    def _gather(
+        self, order: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.resident:
+            for rows in order.to(self.device):
+                yield self.resident[0][rows], self.resident[1][rows]
+            return
+        loader = DataLoader(
+            self.patches,
+            batch_sampler=order.tolist(),
+            num_workers=self.num_workers,
+            collate_fn=_as_read,
+            pin_memory=self.device.type == "cuda",
+        )
+        for lr, hr in loader:
+            yield (
+                lr.to(self.device, non_blocking=True),
+                hr.to(self.device, non_blocking=True),
+            )
+
+    def _finish(
+        self, batch: torch.Tensor, way: torch.Tensor, crop: int
+    ) -> torch.Tensor:
+        """Turn and flip each patch its own way, crop, and bring to 0..1."""
+        if self.augment:
+            flat = batch.flatten(2)
+            batch = flat.gather(2, self.table[way][:, None].expand_as(flat)).view_as(
+                batch
+            )
+        side = batch.shape[-1] - crop
+        batch = batch[..., crop:side, crop:side] / 255
+        return batch.contiguous(memory_format=torch.channels_last)
+
+
+def symmetries(side: int) -> torch.Tensor:
+    """8 x side^2 indices: row k holds where each pixel of the k-th turned or flipped square comes from."""
+    square = torch.arange(side * side).view(side, side)
+    turned = [torch.rot90(square, k) for k in range(4)]
+    return torch.stack([way.flatten() for t in turned for way in (t, t.flip(1))])

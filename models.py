@@ -1,0 +1,266 @@
+"""SRCNN, the network, how it is loaded from a file, and how it runs over a picture of any size.
+
+model = SRCNN()                                  # 9-5-5, 64 and 32 filters, the paper's best
+model = load_srcnn("weights/srcnn_x3.pth")       # shapes are read from the file
+restored = restore(model, ilr)                   # grey levels 0..255, tile by tile
+"""
+
+import itertools
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import InputError, psnr, shave, to_8bit
+
+TILE = 128  # output pixels a side: on a CPU a tile's activations then stay in the cache
+CUDA_TILE = (
+    1024  # on a GPU large enough to fill the card, 1.3 GB of activations at most
+)
+
+
+class SRCNN(nn.Module):
+    """Patch extraction (conv1), non-linear mapping (conv2), reconstruction (conv3), with ReLU between.
+
+    Dong, Loy, He, Tang, "Image Super-Resolution Using Deep Convolutional Networks", TPAMI 2016, section 3.
+
+    Args:
+        num_channels: 1 for luma, 3 for RGB.
+        filters: outputs of every layer but the last.
+        kernel_sizes: odd side of each layer's kernel, one more than `filters`: (9, 5, 5), (9, 1, 5), (9, 1, 1, 5)...
+        init: "identity" (the untrained network returns its input), "gaussian" (the paper's) or "default" (PyTorch's).
+
+    Raises:
+        ValueError: an even kernel, a number of filters that does not fit the kernels, or an unknown `init`.
+    """
+
+    def __init__(
+        self,
+        num_channels: int = 1,
+        filters: Sequence[int] = (64, 32),
+        kernel_sizes: Sequence[int] = (9, 5, 5),
+        init: str = "identity",
+    ) -> None:
+        super().__init__()
+        if len(kernel_sizes) != len(filters) + 1 or len(kernel_sizes) < 2:
+            raise ValueError(
+                f"{len(kernel_sizes)} kernel sizes need {len(kernel_sizes) - 1} filter counts, at least one"
+            )
+        if min(*filters, num_channels, *kernel_sizes) < 1 or not all(
+            k % 2 for k in kernel_sizes
+        ):
+            raise ValueError(
+                "channels, filters and kernel sizes must be positive, and kernel sizes odd"
+            )
+        widths = (num_channels, *filters, num_channels)
+        for i, kernel_size in enumerate(kernel_sizes):
+            self.add_module(
+                f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size)
+            )
+        self.num_channels = num_channels
+        self.halo = sum(k // 2 for k in kernel_sizes)
+        self._initialize(init)
+
+    @property
+    def layers(self) -> list[nn.Conv2d]:
+        """The convolutions in order: conv1, conv2, ..."""
+        return list(self.children())
+
+    def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
+        """Restore a picture that bicubic interpolation has already enlarged.
+
+        Args:
+            x: N x C x H x W, grey levels in 0..1.
+            valid: skip the padding, as the paper does in training: no output then depends on an invented border.
+
+        Returns:
+            N x C x H x W, or with `valid` N x C x (H - 2 halo) x (W - 2 halo).
+        """
+        if not valid:
+            x = F.pad(x, [self.halo] * 4, mode="replicate")
+        *hidden, last = self.children()
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+    @torch.no_grad()
+    def _initialize(self, init: str) -> None:
+        if init not in ("identity", "gaussian", "default"):
+            raise ValueError(
+                f"unknown init {init!r}: choose identity, gaussian or default"
+            )
+        if init == "default":
+            return
+        for layer in self.layers:
+            nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.weight, std=0.001)
+        if init == "gaussian":
+            return
+        channels = self.num_channels
+        for layer in self.layers[:-1]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.dirac_(
+                layer.weight[:channels]
+            )  # the first filters hand the picture through
+        # Tiny, not zero: the other filters then learn from the first step on.
+        nn.init.normal_(self.layers[-1].weight, std=1e-5)
+        nn.init.dirac_(self.layers[-1].weight[:, :channels])
+
+
+def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
+    """Build the network that a weights file holds; number of layers, widths and channels follow its shapes.
+
+    Args:
+        path: a plain state dict (ours or yjn870's), or a checkpoint that holds one as "model" or "state_dict".
+        device: where the network goes.
+
+    Raises:
+        InputError: no such file, truncated, no SRCNN, not finite, or holding anything but tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights file; train one with train.py or pass --weights-file"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: refused, it holds more than weights; load only state dicts"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a damaged archive
+        raise InputError(
+            f"{path}: empty, truncated or no PyTorch file; copy it again"
+        ) from error
+    return srcnn_from_state(state, path).to(device)
+
+
+def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
+    """The network of a state dict, or of a checkpoint that wraps one; `path` only names it in errors."""
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise InputError(
+            f"{path}: no SRCNN weights (expected conv1.weight, conv1.bias, ...)"
+        )
+    state = {
+        re.sub(r"^module\.", "", str(key)): value for key, value in state.items()
+    }  # saved from DataParallel
+    try:
+        weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
+        model = SRCNN(
+            num_channels=weights[0].shape[1],
+            filters=[w.shape[0] for w in weights[:-1]],
+            kernel_sizes=[w.shape[2] for w in weights],
+        )
+        model.load_state_dict(state)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: no SRCNN weights (expected conv1.weight, conv1.bias, ... that fit)"
+        ) from error
+    if not all(value.isfinite().all() for value in state.values()):
+        raise InputError(
+            f"{path}: the weights hold NaN or infinity; take another file, best.pth rather than last.pth"
+        )
+    return model
+
+
+def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
+    """Cut height x width pixels into rectangles (top, bottom, left, right) of about equal size, at most `side`."""
+
+    def cuts(length: int) -> list[int]:
+        count = math.ceil(length / side)
+        return [length * i // count for i in range(count + 1)]
+
+    rows, columns = cuts(height), cuts(width)
+    return [
+        (t, b, l, r)
+        for t, b in itertools.pairwise(rows)
+        for l, r in itertools.pairwise(columns)
+    ]
+
+
+@torch.inference_mode()
+def restore(model: SRCNN, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
+    """Run the network over a whole picture, in tiles that overlap by its halo: the same picture as in one pass.
+
+    Args:
+        ilr: H x W, or C x H x W for a network of C channels, float32, grey levels in 0..255, already enlarged.
+        tile: output pixels a side; None picks what is fast on the network's device.
+
+    Returns:
+        The restored picture, float32, same shape, neither rounded nor clipped.
+    """
+    planes = ilr[None] if ilr.ndim == 2 else ilr
+    restored = np.empty(planes.shape, np.float32)
+    for top, bottom, left, right in tiles(
+        *planes.shape[1:], tile or default_tile(model)
+    ):
+        patch = clamped_crop(
+            planes,
+            top - model.halo,
+            bottom + model.halo,
+            left - model.halo,
+            right + model.halo,
+        )
+        restored[:, top:bottom, left:right] = restore_patch(model, patch)
+    return restored.reshape(ilr.shape)
+
+
+def default_tile(model: SRCNN) -> int:
+    """The tile side that suits the device the network is on."""
+    return CUDA_TILE if next(model.parameters()).is_cuda else TILE
+
+
+def clamped_crop(
+    planes: np.ndarray, top: int, bottom: int, left: int, right: int
+) -> np.ndarray:
+    """Rows top..bottom and columns left..right of C x H x W; beyond the border the edge pixel is repeated."""
+    height, width = planes.shape[1:]
+    inside = planes[
+        :, max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)
+    ]
+    pad = (
+        (max(-top, 0), max(bottom - height, 0)),
+        (max(-left, 0), max(right - width, 0)),
+    )
+    return np.pad(inside, ((0, 0), *pad), mode="edge") if any(map(any, pad)) else inside
+
+
+@torch.inference_mode()
+def restore_patch(model: SRCNN, patch: np.ndarray) -> np.ndarray:
+    """Grey levels C x H x W, 0..255, to C x (H - 2 halo) x (W - 2 halo)."""
+    parameter = next(model.parameters())
+    x = (
+        torch.from_numpy(np.ascontiguousarray(patch)).to(
+            parameter.device, parameter.dtype
+        )[None]
+        / 255
+    )
+    restored = model(x.contiguous(memory_format=torch.channels_last), valid=True) * 255
+    return restored[0].float().cpu().numpy()
+
+
+def evaluate(
+    model: SRCNN, ilr: np.ndarray, hr: np.ndarray, scale: int
+) -> tuple[np.ndarray, float]:
+    """Restore a picture and measure it as the paper does (protocol steps 4 and 5).
+
+    Args:
+        ilr, hr: H x W or C x H x W, float32, grey levels in 0..255.
+        scale: also the border that is cut off before measuring.
+
+    Returns:
+        The restored picture, rounded and clipped, and its PSNR in dB.
+    """
+    restored = to_8bit(restore(model, ilr))
+    return restored, psnr(shave(restored, scale), shave(hr, scale))

@@ -1,0 +1,438 @@
+"""Make h5 files of patches for training and of pictures for evaluation, by bicubic degradation.
+
+python prepare.py --images-dir data/T91 --output-path data/t91_x3.h5 --scale 3
+python prepare.py --images-dir data/Set5 --output-path data/set5_x3.h5 --scale 3 --eval
+python prepare.py --synthetic 96 --output-path data/leaves_x3.h5 --scale 3    # pictures drawn on the spot
+python prepare.py --download data                                             # T91, Set5 and Set14
+"""
+
+import argparse
+import hashlib
+import io
+import shutil
+import sys
+import tempfile
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from utils import (
+    InputError,
+    atomic_path,
+    crop_to_multiple,
+    degrade,
+    int_at_least,
+    list_images,
+    open_image,
+    parser_for,
+    read_levels,
+    rgb_to_ycbcr,
+    run,
+    to_8bit,
+    write_whole,
+)
+
+VERSION = 1  # of the h5 layout
+CHUNK = (
+    64 << 10
+)  # bytes of an h5 chunk: small enough to read single patches, large enough to keep the index short
+MANIFEST = Path(__file__).resolve().parent / "assets" / "datasets.sha256"
+SOURCES = (
+    "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
+    "https://github.com/tegg89/SRCNN-Tensorflow/archive/refs/heads/master.zip",
+)
+
+
+# --- pictures to h5 -------------------------------------------------------------------------------------------------
+
+
+def read_pair(
+    path: Path, scale: int, num_channels: int, degradation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ilr, hr) of a picture file, float32 in 0..255, H x W or 3 x H x W."""
+    if degradation == "pillow":
+        return pillow_pair(open_image(path), scale, num_channels)
+    hr = crop_to_multiple(read_levels(path, num_channels), scale)
+    return (degrade(hr, scale) if hr.size else hr), hr
+
+
+def pillow_pair(
+    image: Image.Image, scale: int, num_channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the forks do: resize instead of crop, Pillow's bicubic on 8-bit RGB, and luma after it, not rounded."""
+    hr = image.convert("RGB")
+    size = max(hr.width // scale, 1), max(hr.height // scale, 1)
+    hr = hr.resize((size[0] * scale, size[1] * scale), Image.Resampling.BICUBIC)
+    ilr = hr.resize(size, Image.Resampling.BICUBIC).resize(
+        hr.size, Image.Resampling.BICUBIC
+    )
+    planes = [
+        np.asarray(picture, np.float32).transpose(2, 0, 1) for picture in (ilr, hr)
+    ]
+    return tuple(
+        planes if num_channels == 3 else (rgb_to_ycbcr(rgb)[0] for rgb in planes)
+    )
+
+
+def cut_patches(planes: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """All size x size patches at multiples of `stride`: N x size x size, or N x C x size x size."""
+    windows = np.lib.stride_tricks.sliding_window_view(
+        planes, (size, size), axis=(-2, -1)
+    )
+    windows = windows[..., ::stride, ::stride, :, :]
+    if planes.ndim == 2:
+        return windows.reshape(-1, size, size)
+    return np.moveaxis(windows, 0, 2).reshape(-1, len(planes), size, size)
+
+
+class TrainWriter:
+    """Appends the patches of one picture after another to the datasets `lr` and `hr`."""
+
+    def __init__(
+        self, file: h5py.File, patch_size: int, stride: int, num_channels: int
+    ) -> None:
+        self.size, self.stride, self.count = patch_size, stride, 0
+        shape = (
+            (patch_size,) * 2
+            if num_channels == 1
+            else (num_channels, patch_size, patch_size)
+        )
+        chunk = max(1, CHUNK // (4 * int(np.prod(shape))))
+        self.datasets = [
+            file.create_dataset(
+                name,
+                (0, *shape),
+                "float32",
+                maxshape=(None, *shape),
+                chunks=(chunk, *shape),
+            )
+            for name in ("lr", "hr")
+        ]
+
+    def add(self, ilr: np.ndarray, hr: np.ndarray) -> bool:
+        """Append a picture's patches; False where the picture is smaller than one."""
+        if min(hr.shape[-2:]) < self.size:
+            return False
+        for dataset, planes in zip(self.datasets, (ilr, hr)):
+            patches = cut_patches(planes, self.size, self.stride)
+            dataset.resize(self.count + len(patches), axis=0)
+            dataset[self.count :] = patches
+        self.count += len(patches)
+        return True
+
+
+class EvalWriter:
+    """Appends whole pictures to the groups `lr` and `hr`."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self.groups, self.count = [file.create_group("lr"), file.create_group("hr")], 0
+
+    def add(self, ilr: np.ndarray, hr: np.ndarray) -> bool:
+        """Append a picture; False where nothing of it is left."""
+        if not hr.size:
+            return False
+        for group, planes in zip(self.groups, (ilr, hr)):
+            group.create_dataset(str(self.count), data=planes)
+        self.count += 1
+        return True
+
+
+def write_h5(
+    args: argparse.Namespace,
+    names: Sequence[object],
+    pairs: Iterator[tuple[np.ndarray, np.ndarray]],
+) -> None:
+    """Write all pairs to args.output_path, with a progress bar; pictures that are too small are named and skipped."""
+    with atomic_path(args.output_path) as partial, h5py.File(partial, "w") as file:
+        stated = {
+            "scale": args.scale,
+            "degradation": args.degradation,
+            "version": VERSION,
+        }
+        if not args.eval:
+            stated |= {"patch_size": args.patch_size, "stride": args.stride}
+        file.attrs.update(stated)
+        writer = (
+            EvalWriter(file)
+            if args.eval
+            else TrainWriter(file, args.patch_size, args.stride, args.num_channels)
+        )
+        for name, pair in tqdm(zip(names, pairs), "pictures", len(names), disable=None):
+            if not writer.add(*pair):
+                tqdm.write(
+                    f"{name}: skipped, smaller than {'the scale' if args.eval else 'a patch'}",
+                    sys.stderr,
+                )
+        if not writer.count:
+            raise InputError(
+                f"{args.images_dir or '--synthetic'}: no picture is as large as --patch-size"
+            )
+    what = "pictures" if args.eval else "patches"
+    print(f"{args.output_path}: {writer.count} {what} for x{args.scale}")
+
+
+# --- drawn pictures -------------------------------------------------------------------------------------------------
+
+
+def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> np.ndarray:
+    """A picture of discs that cover one another, with edges and areas distributed as in photographs.
+
+    Radii have density ~ r^-3 between one pixel and the picture's side, colours are uniform (Lee, Mumford, Huang,
+    "Occlusion models for natural images", IJCV 2001; for training: Achddou, Gousseau, Ladjal 2021). The newest disc
+    lies on top; they are drawn at four times the size and reduced, which gives soft edges.
+
+    Returns:
+        RGB, 3 x side x side, uint8.
+    """
+    rng = np.random.default_rng(seed)
+    big = side * oversampling
+    image = Image.new("RGB", (big, big), tuple(rng.integers(0, 256, 3).tolist()))
+    draw = ImageDraw.Draw(image)
+    count = side * side // 16
+    low, high = float(oversampling), float(big)
+    # Inverse of the distribution function of a density ~ r^-3 on low..high.
+    radii = (low**-2 - rng.random(count) * (low**-2 - high**-2)) ** -0.5
+    centres, colours = rng.random((count, 2)) * big, rng.integers(0, 256, (count, 3))
+    for (x, y), radius, colour in zip(centres, radii, colours):
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius),
+            fill=tuple(colour.tolist()),
+        )
+    small = image.resize((side, side), Image.Resampling.BOX)
+    return np.asarray(small).transpose(2, 0, 1)
+
+
+def synthetic_pairs(
+    args: argparse.Namespace,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ilr, hr) of args.synthetic drawn pictures; an evaluation file gets others than a training file."""
+    for i in range(args.synthetic):
+        rgb = dead_leaves(1_000_000 * args.eval + 10_000 * args.seed + i).astype(
+            np.float32
+        )
+        if args.degradation == "pillow":
+            image = Image.fromarray(rgb.transpose(1, 2, 0).astype(np.uint8))
+            yield pillow_pair(image, args.scale, args.num_channels)
+            continue
+        hr = crop_to_multiple(
+            rgb if args.num_channels == 3 else to_8bit(rgb_to_ycbcr(rgb)[0]), args.scale
+        )
+        yield degrade(hr, args.scale), hr
+
+
+# --- download -------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """Where each file belongs, by the SHA-256 of its content (the format of `sha256sum`)."""
+    return dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+
+
+def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
+    """The part of the manifest that `folder` does not hold yet, or holds damaged."""
+
+    def present(digest: str, name: str) -> bool:
+        path = folder / name
+        return (
+            path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        )
+
+    return {
+        digest: name for digest, name in manifest.items() if not present(digest, name)
+    }
+
+
+def extract(archive: Path | io.IOBase, folder: Path, wanted: dict[str, str]) -> None:
+    """Write the wanted files of a zip archive, found by content, to where the manifest puts them.
+
+    The archive's own names are never used, so none can lead out of `folder`.
+
+    Raises:
+        InputError: no zip archive, or a corrupt one.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for entry in opened.infolist():
+                if entry.file_size > 16 << 20:  # none of ours is that large
+                    continue
+                content = opened.read(entry)
+                name = wanted.get(hashlib.sha256(content).hexdigest())
+                if name:
+                    write_whole(folder / name, content)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{archive}: no such file; name a zip archive with --archive"
+        ) from error
+    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"{archive}: no zip archive, or a corrupt one ({error}); fetch it again"
+        ) from error
+
+
+def fetch(url: str, file: io.IOBase) -> None:
+    """Download to an open file, with a progress bar.
+
+    Raises:
+        InputError: no connection, an error status, or a connection that broke off.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            size = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(
+                response,
+                "read",
+                size or None,
+                desc=url.rpartition("/")[2],
+                disable=None,
+            ) as body:
+                shutil.copyfileobj(body, file)
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+        raise InputError(f"{url}: {getattr(error, 'reason', error)}") from error
+    if size and file.tell() != size:
+        raise InputError(f"{url}: broke off after {file.tell():,} of {size:,} bytes")
+
+
+def download(
+    folder: Path,
+    archive: str | None = None,
+    sources: Sequence[str] = SOURCES,
+    manifest: Path = MANIFEST,
+) -> None:
+    """Lay out folder/T91, folder/Set5 and folder/Set14 from a local archive or from the sources in turn.
+
+    What is already there is kept, so a call that was interrupted goes on where it stopped.
+
+    Raises:
+        InputError: files are still missing afterwards.
+    """
+    wanted = missing_files(folder, read_manifest(manifest))
+    for source in [archive] if archive else sources:
+        if not wanted:
+            break
+        try:
+            if archive:
+                extract(Path(archive), folder, wanted)
+            else:
+                # Python keeps this file nameless: nothing is left behind, whatever happens.
+                with tempfile.TemporaryFile() as file:
+                    fetch(source, file)
+                    extract(file, folder, wanted)
+        except InputError as error:
+            if archive:
+                raise
+            print(f"{error}; trying the next source", file=sys.stderr)
+        wanted = missing_files(folder, wanted)
+    if wanted:
+        names = sorted(wanted.values())
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        cure = f"get {sources[0]} in another way and pass --download {folder} --archive FILE.zip"
+        raise InputError(
+            f"{archive or folder}: {len(names)} files are missing ({some}); {cure}"
+        )
+    print(f"{folder}: T91, Set5 and Set14 are complete")
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = parser_for(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--images-dir",
+        metavar="DIR",
+        help="make the file from the pictures of this folder",
+    )
+    source.add_argument(
+        "--synthetic",
+        type=int_at_least(1),
+        metavar="N",
+        help="make it from N drawn pictures",
+    )
+    source.add_argument(
+        "--download",
+        type=Path,
+        metavar="DIR",
+        help="fetch T91, Set5 and Set14 to this folder",
+    )
+    parser.add_argument(
+        "--archive",
+        metavar="FILE.zip",
+        help="with --download: take them from a local archive",
+    )
+    parser.add_argument("--output-path", metavar="FILE", help="the h5 file to write")
+    parser.add_argument(
+        "--scale",
+        type=int_at_least(2),
+        metavar="N",
+        help="how much smaller the low resolution is",
+    )
+    parser.add_argument(
+        "--patch-size",
+        type=int_at_least(1),
+        default=33,
+        help="side in pixels (default: 33)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int_at_least(1),
+        default=14,
+        help="between patches (default: 14)",
+    )
+    parser.add_argument(
+        "--eval",
+        action="store_true",
+        help="whole pictures, for --eval-file of train.py",
+    )
+    parser.add_argument(
+        "--num-channels",
+        type=int,
+        choices=(1, 3),
+        default=1,
+        help="1: luma (default), 3: RGB",
+    )
+    parser.add_argument(
+        "--degradation",
+        choices=("matlab", "pillow"),
+        default="matlab",
+        help="the paper's bicubic in floating point (default), or the forks', Pillow's on 8-bit RGB",
+    )
+    parser.add_argument(
+        "--seed", type=int_at_least(0), default=0, help="of --synthetic (default: 0)"
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.archive and not args.download:
+        raise InputError("--archive: goes with --download DIR")
+    if args.download:
+        return download(args.download, args.archive)
+    for flag in ("output_path", "scale"):
+        if getattr(args, flag) is None:
+            raise InputError(
+                f"--{flag.replace('_', '-')}: is needed to make an h5 file"
+            )
+    if args.synthetic:
+        write_h5(args, range(args.synthetic), synthetic_pairs(args))
+    else:
+        paths = list_images(args.images_dir)
+        write_h5(
+            args,
+            paths,
+            (
+                read_pair(path, args.scale, args.num_channels, args.degradation)
+                for path in paths
+            ),
+        )
+
+
+if __name__ == "__main__":
+    run(main, get_args_parser().parse_args)
