@@ -5,6 +5,7 @@ evaluation files hold groups `lr` and `hr` with datasets "0", "1", ... of H x W 
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -223,7 +224,7 @@ class Batches:
         )
         self.batch_size = min(batch_size, len(patches) // world_size * world_size)
         self.part = slice(rank, None, world_size)
-        self.num_workers = num_workers
+        self.num_workers = min(num_workers, os.cpu_count() or 1)
         size = 2 * 4 * len(patches) * math.prod(patches.patch_shape)
         share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE / world_size
         self.stream = size > share * free_memory(device) if stream is None else stream

@@ -7,19 +7,22 @@ restored = restore(model, ilr)                   # grey levels 0..255, tile by t
 
 import itertools
 import math
+import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from utils import InputError, psnr, shave, to_8bit
 
-TILE = 128  # output pixels a side: on a CPU a tile's activations then stay in the cache
+TILE = 192  # output pixels a side: on a CPU a tile's activations then stay in the cache
 CUDA_TILE = (
     1024  # on a GPU large enough to fill the card, 1.3 GB of activations at most
 )
@@ -86,8 +89,10 @@ class SRCNN(nn.Module):
             x = F.pad(x, [self.halo] * 4, mode="replicate")
         *hidden, last = self.children()
         for layer in hidden:
-            x = F.relu(layer(x))
-        return last(x)
+            x = F.relu_(layer(x))
+        if torch.is_grad_enabled() or x.is_cuda:
+            return last(x)
+        return shifted_sums(last, x)
 
     @torch.no_grad()
     def _initialize(self, init: str) -> None:
@@ -174,6 +179,22 @@ def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
     return model
 
 
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for, else this rank's GPU where there is one, else the CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if name is None:
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"--device {name}: is not available here") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
+    return device
+
+
 def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
     """Cut height x width pixels into rectangles (top, bottom, left, right) of about equal size, at most `side`."""
 
@@ -189,12 +210,13 @@ def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]
     ]
 
 
-@torch.inference_mode()
-def restore(model: SRCNN, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
-    """Run the network over a whole picture, in tiles that overlap by its halo: the same picture as in one pass.
+def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
+    """Run the network over a whole picture in tiles that overlap by its halo.
+
+    The picture is the same as in one pass, within 1e-3 grey levels.
 
     Args:
-        ilr: H x W, or C x H x W for a network of C channels, float32, grey levels in 0..255, already enlarged.
+        ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
         tile: output pixels a side; None picks what is fast on the network's device.
 
     Returns:
@@ -202,56 +224,117 @@ def restore(model: SRCNN, ilr: np.ndarray, tile: int | None = None) -> np.ndarra
     """
     planes = ilr[None] if ilr.ndim == 2 else ilr
     restored = np.empty(planes.shape, np.float32)
-    for top, bottom, left, right in tiles(
-        *planes.shape[1:], tile or default_tile(model)
-    ):
-        patch = clamped_crop(
-            planes,
-            top - model.halo,
-            bottom + model.halo,
-            left - model.halo,
-            right + model.halo,
-        )
+
+    def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
+        patch = clamped_crop(planes, top, bottom, left, right, model.halo)
         restored[:, top:bottom, left:right] = restore_patch(model, patch)
+
+    for_each_tile(model, restore_tile, *planes.shape[1:], tile)
     return restored.reshape(ilr.shape)
 
 
-def default_tile(model: SRCNN) -> int:
-    """The tile side that suits the device the network is on."""
-    return CUDA_TILE if next(model.parameters()).is_cuda else TILE
+def for_each_tile(
+    model: nn.Module,
+    function: Callable[[int, int, int, int], None],
+    height: int,
+    width: int,
+    tile: int | None = None,
+) -> None:
+    """Call function(top, bottom, left, right) for every tile, with a progress bar.
+
+    On the CPU every core works on a tile of its own: its activations stay in its cache
+    and no core waits for another.
+    """
+    parameter = next(model.parameters())
+    jobs = tiles(height, width, tile or (CUDA_TILE if parameter.is_cuda else TILE))
+    bar = tqdm(total=len(jobs), desc="tiles", delay=1, leave=False, disable=None)
+    threads = 1 if parameter.device.type != "cpu" else torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with pool:
+            for done in as_completed([pool.submit(function, *job) for job in jobs]):
+                done.result()
+                bar.update()
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # parts of what the pool set hold for all
 
 
 def clamped_crop(
-    planes: np.ndarray, top: int, bottom: int, left: int, right: int
+    planes: np.ndarray, top: int, bottom: int, left: int, right: int, margin: int
 ) -> np.ndarray:
-    """Rows top..bottom and columns left..right of C x H x W; beyond the border the edge pixel is repeated."""
+    """Cut a rectangle and a margin around it out of C x H x W.
+
+    Beyond the picture's border the edge pixel is repeated.
+    """
     height, width = planes.shape[1:]
-    inside = planes[
-        :, max(top, 0) : min(bottom, height), max(left, 0) : min(right, width)
-    ]
-    pad = (
-        (max(-top, 0), max(bottom - height, 0)),
-        (max(-left, 0), max(right - width, 0)),
+    top, bottom, left, right = (
+        top - margin,
+        bottom + margin,
+        left - margin,
+        right + margin,
     )
-    return np.pad(inside, ((0, 0), *pad), mode="edge") if any(map(any, pad)) else inside
+    inside = planes[:, max(top, 0) : bottom, max(left, 0) : right]
+    rows = max(-top, 0), max(bottom - height, 0)
+    columns = max(-left, 0), max(right - width, 0)
+    return np.pad(inside, ((0, 0), rows, columns), mode="edge")
 
 
 @torch.inference_mode()
-def restore_patch(model: SRCNN, patch: np.ndarray) -> np.ndarray:
+def restore_patch(model: nn.Module, patch: np.ndarray) -> np.ndarray:
     """Grey levels C x H x W, 0..255, to C x (H - 2 halo) x (W - 2 halo)."""
     parameter = next(model.parameters())
-    x = (
-        torch.from_numpy(np.ascontiguousarray(patch)).to(
-            parameter.device, parameter.dtype
-        )[None]
-        / 255
-    )
-    restored = model(x.contiguous(memory_format=torch.channels_last), valid=True) * 255
-    return restored[0].float().cpu().numpy()
+    x = torch.from_numpy(np.ascontiguousarray(patch))[None]
+    x = x.to(parameter.device, parameter.dtype) / 255
+    x = x.contiguous(memory_format=torch.channels_last)
+    return (model(x, valid=True)[0].float() * 255).cpu().numpy()
+
+
+def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """What a convolution of few outputs gives, 1.3 to 2 times faster on a CPU.
+
+    One matrix product makes the k * k products of every pixel, as planes; the result is
+    the sum of these planes, each shifted by its place in the kernel.
+    """
+    outputs, channels, k, _ = layer.weight.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(len(x), -1, channels).transpose(1, 2)
+    weight = layer.weight.permute(2, 3, 0, 1).reshape(-1, channels)
+    planes = (weight @ pixels).view(len(x), k, k, outputs, *x.shape[2:])
+    height, width = x.shape[2] - k + 1, x.shape[3] - k + 1
+    total = layer.bias[:, None, None].expand(len(x), outputs, height, width).clone()
+    for i, j in itertools.product(range(k), range(k)):
+        total += planes[:, i, j, :, i : i + height, j : j + width]
+    return total
+
+
+class SelfEnsemble(nn.Module):
+    """The mean over a picture's 8 flips and rotations, each restored and turned back.
+
+    Timofte, Rothe, Van Gool, "Seven ways to improve example-based single image super
+    resolution", CVPR 2016. Eight times the work.
+    """
+
+    def __init__(self, model: SRCNN) -> None:
+        super().__init__()
+        self.model, self.halo, self.num_channels = model, model.halo, model.num_channels
+
+    def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
+        """As SRCNN.forward."""
+        total = 0
+        for turns, flip in itertools.product(range(4), (False, True)):
+            way = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
+            back = torch.rot90(self.model(way, valid), -turns, (2, 3))
+            total = total + (back.flip(3) if flip else back)
+        return total / 8
 
 
 def evaluate(
-    model: SRCNN, ilr: np.ndarray, hr: np.ndarray, scale: int
+    model: nn.Module,
+    ilr: np.ndarray,
+    hr: np.ndarray,
+    scale: int,
+    tile: int | None = None,
 ) -> tuple[np.ndarray, float]:
     """Restore a picture and measure it as the paper does (protocol steps 4 and 5).
 
@@ -262,5 +345,5 @@ def evaluate(
     Returns:
         The restored picture, rounded and clipped, and its PSNR in dB.
     """
-    restored = to_8bit(restore(model, ilr))
+    restored = to_8bit(restore(model, ilr, tile))
     return restored, psnr(shave(restored, scale), shave(hr, scale))

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +243,8 @@ def open_image(path: str | Path) -> Image.Image:
     """Read and decode a picture, first frame, turned upright as its EXIF says.
 
     Raises:
-        InputError: missing, no image, damaged, or larger than Pillow's guard against decompression bombs.
+        InputError: missing, no image, damaged, or above Pillow's guard against
+            decompression bombs.
     """
     path = Path(path)
     try:
@@ -250,38 +252,90 @@ def open_image(path: str | Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
             image.load()
-            return ImageOps.exif_transpose(image)
+            frames = getattr(image, "n_frames", 1)
+            upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS:,} pixels"
-        raise InputError(
-            f"{path}: more than {limit}; if you trust the file, raise it with --max-pixels"
-        ) from error
-    except Exception as error:  # Pillow's decoders raise many kinds for damaged files
-        raise InputError(
-            f"{path}: not a readable image (empty, truncated or another kind of file)"
-        ) from error
+        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+        cure = "if you trust the file, raise the limit with --max-pixels"
+        raise InputError(f"{path}: {limit}; {cure}") from error
+    except Exception as error:  # decoders raise many kinds for damaged files
+        reason = "empty, truncated or another kind of file"
+        raise InputError(f"{path}: not a readable image ({reason})") from error
+    if frames > 1:
+        print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
+    return upright
+
+
+@dataclass
+class Planes:
+    """A decoded picture.
+
+    colour: C x H x W, 1 (grey) or 3 (RGB), uint8, uint16, int32 or float32.
+    alpha: H x W, uint8, or None.
+    low, high: the values of `colour` that stand for the grey levels 0 and 255.
+    mode: Pillow's, of a picture made of such planes.
+    """
+
+    colour: np.ndarray
+    alpha: np.ndarray | None
+    low: float
+    high: float
+    mode: str
+
+    def levels(self, colour: np.ndarray | None = None) -> np.ndarray:
+        """All or a part of `colour` in grey levels, float32, 0..255."""
+        values = np.asarray(self.colour if colour is None else colour, np.float32)
+        return (values - self.low) * np.float32(255 / (self.high - self.low))
+
+    def to_image(self, levels: np.ndarray) -> Image.Image:
+        """The inverse: C x H x W grey levels, alpha as a last plane, rounded."""
+        if self.colour.dtype == np.uint8:
+            values = to_8bit(levels).astype(np.uint8)
+        else:
+            values = levels * ((self.high - self.low) / 255) + self.low
+            if self.colour.dtype != np.float32:
+                values = np.clip(np.rint(values), self.low, self.high)
+            values = values.astype(self.colour.dtype)
+        if len(values) == 1:
+            return Image.fromarray(values[0])
+        return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
+
+
+def decode(image: Image.Image) -> Planes:
+    """Any of Pillow's modes as planes: grey stays grey and 16 bits stay 16 bits.
+
+    Grey of 32 bits or in floating point has no fixed range: its own is used.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if image.mode != "F" and 0 <= low and high <= 65535:
+            return Planes(values.astype(np.uint16)[None], None, 0, 65535, "I;16")
+        if not math.isfinite(high - low):
+            raise InputError("holds NaN or infinity")
+        mode = "F" if image.mode == "F" else "I"
+        return Planes(values[None], None, low, max(high, low + 1e-9), mode)
+    grey = image.mode in ("1", "L", "LA", "La")
+    mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
+    values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
+    alpha = values[-1] if mode.endswith("A") else None
+    return Planes(values[: 1 if grey else 3], alpha, 0, 255, mode)
 
 
 def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
-    """Read a picture as the protocol does: its luma, rounded, H x W; or with three channels its RGB, 3 x H x W.
+    """Read a picture as the protocol does: its luma, rounded, H x W.
 
-    A grey picture's levels are used as they are, sixteen bits of it as fractions of a level.
+    A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
     """
-    image = open_image(path)
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, np.float32) / 257
-    elif image.mode in ("1", "L", "LA"):
-        grey = np.asarray(image.convert("L"), np.float32)
-    else:
-        rgb = np.asarray(image.convert("RGB"), np.float32).transpose(2, 0, 1)
-        return (
-            rgb
-            if num_channels == 3
-            else to_8bit(rgb_to_ycbcr(rgb.astype(np.float64))[0]).astype(np.float32)
-        )
-    return np.stack([grey] * 3) if num_channels == 3 else grey
+    planes = decode(open_image(path))
+    levels = planes.levels()
+    if num_channels == 3:
+        return np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
+    if len(levels) == 1:
+        return levels[0]
+    return to_8bit(rgb_to_ycbcr(levels.astype(np.float64))[0]).astype(np.float32)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -297,20 +351,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path}: is a folder; name a file")
-    if (
-        path.exists() and not path.is_file()
-    ):  # /dev/stdout and the like are written as they are
+    if path.exists() and not path.is_file():  # a pipe or a device is written as it is
         yield path
         return
-    partial = path.with_name(
-        f".part-{path.name}"
-    )  # keeps the extension: Pillow reads the format off it
+    target = Path(os.path.realpath(path))  # a link stays one
+    # The name keeps its extension: Pillow reads the format off it.
+    partial = target.with_name(f".part-{target.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.replace(target)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
