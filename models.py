@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -134,7 +135,8 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
             f"{path}: no such weights file; train one with train.py or pass --weights-file"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # an error will say it in a line
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: refused, it holds more than weights; load only state dicts"

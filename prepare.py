@@ -231,22 +231,20 @@ def synthetic_pairs(
 
 
 def read_manifest(path: Path) -> dict[str, str]:
-    """Where each file belongs, by the SHA-256 of its content (the format of `sha256sum`)."""
-    return dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
+    """The SHA-256 of each file's content, by name (a file of `sha256sum`)."""
+    pairs = (line.split(maxsplit=1) for line in path.read_text().splitlines())
+    return {name: digest for digest, name in pairs}
 
 
 def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
-    """The part of the manifest that `folder` does not hold yet, or holds damaged."""
+    """The part of the manifest that `folder` does not hold, or holds damaged."""
 
-    def present(digest: str, name: str) -> bool:
+    def present(name: str, digest: str) -> bool:
         path = folder / name
-        return (
-            path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
-        )
+        content = path.read_bytes() if path.is_file() else b""
+        return hashlib.sha256(content).hexdigest() == digest
 
-    return {
-        digest: name for digest, name in manifest.items() if not present(digest, name)
-    }
+    return {name: d for name, d in manifest.items() if not present(name, d)}
 
 
 def extract(archive: Path | io.IOBase, folder: Path, wanted: dict[str, str]) -> None:
@@ -263,8 +261,9 @@ def extract(archive: Path | io.IOBase, folder: Path, wanted: dict[str, str]) -> 
                 if entry.file_size > 16 << 20:  # none of ours is that large
                     continue
                 content = opened.read(entry)
-                name = wanted.get(hashlib.sha256(content).hexdigest())
-                if name:
+                digest = hashlib.sha256(content).hexdigest()
+                # Two pictures of T91 are the same: a content may have several names.
+                for name in (name for name, d in wanted.items() if d == digest):
                     write_whole(folder / name, content)
     except FileNotFoundError as error:
         raise InputError(
@@ -330,7 +329,7 @@ def download(
             print(f"{error}; trying the next source", file=sys.stderr)
         wanted = missing_files(folder, wanted)
     if wanted:
-        names = sorted(wanted.values())
+        names = sorted(wanted)
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         cure = f"get {sources[0]} in another way and pass --download {folder} --archive FILE.zip"
         raise InputError(

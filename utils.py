@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -367,7 +367,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # renamed, or its folder could not be made
+            partial.unlink()
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

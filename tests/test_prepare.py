@@ -1,0 +1,286 @@
+"""Pictures, drawn or real, to h5 files; and the download of the data sets."""
+
+import functools
+import hashlib
+import io
+import threading
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from conftest import DATA, needs_data, noise, refused, tree
+from PIL import Image
+
+import prepare
+from utils import InputError, degrade, to_8bit
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder with a colour picture of 50 x 41, a grey one of 36 x 36 and a tiny one."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    colour = noise(41, 50, 3).astype(np.uint8)
+    Image.fromarray(colour).save(folder / "colour.png")
+    Image.fromarray(noise(36, 36).astype(np.uint8)).save(folder / "grey.bmp")
+    Image.fromarray(noise(8, 9).astype(np.uint8)).save(folder / "tiny.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def luma(path: Path) -> np.ndarray:
+    image = Image.open(path)
+    values = np.asarray(image, np.float64)
+    if image.mode == "L":
+        return values
+    return np.floor(16 + values @ [65.481, 128.553, 24.966] / 255 + 0.5)
+
+
+def test_training_file_has_the_layout_of_the_forks(call, images, tmp_path):
+    out = tmp_path / "train.h5"
+    result = call("prepare", "--images-dir", images, "--output-path", out, "--scale", 3)
+    assert result.status == 0
+    assert f"{images / 'tiny.png'}: skipped" in result.err
+    hr = luma(images / "colour.png")[:39, :48]
+    expected = [hr[:33, :33], hr[:33, 14:47], luma(images / "grey.bmp")[:33, :33]]
+    with h5py.File(out) as file:
+        assert file["lr"].shape == file["hr"].shape == (3, 33, 33)
+        assert file["lr"].dtype == file["hr"].dtype == np.float32
+        assert np.array_equal(file["hr"], expected)
+        ilr = degrade(hr.astype(np.float32), 3)
+        assert np.array_equal(file["lr"][1], ilr[:33, 14:47])
+        assert not np.array_equal(file["lr"], to_8bit(np.asarray(file["lr"])))
+        assert file["lr"].maxshape[0] is None
+        attributes = dict(file.attrs)
+    assert attributes == {
+        "scale": 3,
+        "patch_size": 33,
+        "stride": 14,
+        "degradation": "matlab",
+        "version": 1,
+    }
+
+
+def test_evaluation_file_holds_whole_pictures_in_groups(call, images, tmp_path):
+    out = tmp_path / "eval.h5"
+    argv = ["--images-dir", images, "--output-path", out, "--scale", 4, "--eval"]
+    assert call("prepare", *argv).status == 0
+    with h5py.File(out) as file:
+        assert list(file["lr"]) == list(file["hr"]) == ["0", "1", "2"]
+        hr = luma(images / "colour.png")[:40, :48]
+        assert np.array_equal(file["hr/0"], hr)
+        assert np.array_equal(file["lr/0"], degrade(hr.astype(np.float32), 4))
+        assert file["lr/0"].dtype == np.float32
+
+
+def test_three_channels_are_kept_on_demand(call, images, tmp_path):
+    argv = ["--images-dir", images, "--scale", 2, "--num-channels", 3, "--output-path"]
+    call("prepare", *argv, tmp_path / "train.h5")
+    call("prepare", *argv, tmp_path / "eval.h5", "--eval")
+    rgb = np.asarray(Image.open(images / "colour.png")).transpose(2, 0, 1)[:, :40]
+    with h5py.File(tmp_path / "train.h5") as file:
+        assert file["hr"].shape[1:] == (3, 33, 33)
+        assert np.array_equal(file["hr"][1], rgb[:, :33, 14:47])
+    with h5py.File(tmp_path / "eval.h5") as file:
+        assert np.array_equal(file["hr/0"], rgb)
+
+
+def test_pillow_degradation_is_the_forks_procedure(call, images, tmp_path):
+    out = tmp_path / "forks.h5"
+    argv = ["--images-dir", images, "--output-path", out, "--scale", 3, "--eval"]
+    assert call("prepare", *argv, "--degradation", "pillow").status == 0
+    hr = Image.open(images / "colour.png").convert("RGB")
+    hr = hr.resize((48, 39), Image.Resampling.BICUBIC)
+    lr = hr.resize((16, 13), Image.Resampling.BICUBIC)
+    lr = lr.resize((48, 39), Image.Resampling.BICUBIC)
+    with h5py.File(out) as file:
+        for name, image in ("hr", hr), ("lr", lr):
+            rgb = np.asarray(image, np.float64)
+            y = 16 + rgb @ np.array([65.481, 128.553, 24.966]) / 255
+            assert np.abs(file[f"{name}/0"] - y).max() < 1e-3
+        assert file.attrs["degradation"] == "pillow"
+
+
+def test_bad_input_is_one_line_and_changes_nothing(call, images, tmp_path):
+    out = tmp_path / "out.h5"
+    out.write_bytes(b"from before")
+    (tmp_path / "empty").mkdir()
+    whole = (images / "colour.png").read_bytes()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes((images / "grey.bmp").read_bytes())
+    (broken / "b.png").write_bytes(whole[: len(whole) // 2])
+    tiny = tmp_path / "tiny"
+    tiny.mkdir()
+    (tiny / "t.png").write_bytes((images / "tiny.png").read_bytes())
+    before = tree(tmp_path)
+    base = ["--output-path", out, "--images-dir"]
+    assert refused(
+        call("prepare", *base, tmp_path / "no", "--scale", 3), "no such folder"
+    )
+    assert refused(call("prepare", *base, tmp_path / "empty", "--scale", 3), "empty")
+    assert refused(call("prepare", *base, broken, "--scale", 3), str(broken / "b.png"))
+    for scale in (1, 0, -2, 2.5, "x"):
+        assert refused(call("prepare", *base, images, "--scale", scale), "--scale")
+    assert refused(
+        call("prepare", *base, images, "--scale", 2, "--stride", 0), "--stride"
+    )
+    assert refused(call("prepare", *base, images), "--scale")
+    assert refused(
+        call("prepare", "--images-dir", images, "--scale", 2), "--output-path"
+    )
+    assert refused(call("prepare", "--scale", 2), "--images-dir")
+    result = call("prepare", *base, tiny, "--scale", 3)
+    assert result.status == 2
+    assert result.err.splitlines()[-1].startswith("prepare.py: error:")
+    assert tree(tmp_path) == before
+
+
+def test_drawn_pictures_follow_from_the_seed(call, tmp_path):
+    def make(name: str, *more: object) -> bytes:
+        argv = ["--synthetic", 2, "--output-path", tmp_path / name, "--scale", 3]
+        assert call("prepare", *argv, *more).status == 0
+        with h5py.File(tmp_path / name) as file:
+            return np.asarray(
+                file["hr/0"] if "--eval" in more else file["hr"]
+            ).tobytes()
+
+    assert make("a", "--eval") == make("b", "--eval")
+    assert make("a", "--eval") != make("c", "--eval", "--seed", 1)
+    assert make("d", "--stride", 100) == make("e", "--stride", 100)
+
+
+def test_dead_leaves_have_edges_and_flat_areas_in_all_sizes():
+    rgb = prepare.dead_leaves(0).astype(float)
+    assert rgb.shape == (3, 256, 256)
+    steps = np.abs(np.diff(rgb.mean(axis=0), axis=1))
+    assert 0.3 < (steps < 1).mean() < 0.95  # flat inside of discs
+    assert (steps > 20).mean() > 0.02  # edges between them
+    assert not np.array_equal(rgb, prepare.dead_leaves(1))
+    # The power spectrum falls about as in photographs: far more in low frequencies.
+    power = np.abs(np.fft.rfft2(rgb.mean(axis=0) - rgb.mean())) ** 2
+    assert power[1:9, 1:9].mean() > 30 * power[33:65, 33:65].mean()
+
+
+# --- download -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def release(tmp_path) -> tuple[dict, Path, bytes]:
+    """Generated pictures by name, a manifest of them, and an archive in other folders."""
+    files = {}
+    for i, name in enumerate(("T91/t1.bmp", "Set5/head_GT.bmp", "Set14/man.bmp")):
+        buffer = io.BytesIO()
+        Image.fromarray(noise(20, 20, seed=i).astype(np.uint8)).save(buffer, "BMP")
+        files[name] = buffer.getvalue()
+    manifest = tmp_path / "manifest"
+    digests = {
+        name: hashlib.sha256(content).hexdigest() for name, content in files.items()
+    }
+    manifest.write_text("".join(f"{d}  {name}\n" for name, d in digests.items()))
+    return (
+        files,
+        manifest,
+        zipped({f"SRCNN/X/{i}.bmp": c for i, c in enumerate(files.values())}),
+    )
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """An HTTP server on localhost; yields the folder it serves and its address."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+        thread.join()
+
+
+def test_download_takes_the_next_source_where_one_fails(
+    release, server, tmp_path, capfd
+):
+    files, manifest, archive = release
+    folder, url = server
+    (folder / "corrupt.zip").write_bytes(archive[: len(archive) // 2])
+    (folder / "good.zip").write_bytes(archive)
+    sources = [f"{url}/{name}" for name in ("missing.zip", "corrupt.zip", "good.zip")]
+    prepare.download(tmp_path / "data", None, sources, manifest)
+    assert tree(tmp_path / "data") == files
+    err = capfd.readouterr().err
+    assert "missing.zip" in err
+    assert err.count("trying the next source") == 2
+
+
+def test_download_goes_on_where_it_stopped(release, server, tmp_path):
+    files, manifest, _ = release
+    folder, url = server
+    names = list(files)
+    target = tmp_path / "data"
+    (folder / "part.zip").write_bytes(zipped({"a": files[names[0]]}))
+    with pytest.raises(InputError, match="2 files are missing") as error:
+        prepare.download(target, None, [f"{url}/part.zip"], manifest)
+    assert "--archive" in str(error.value)
+    assert tree(target) == {names[0]: files[names[0]]}
+    (target / names[0]).write_bytes(b"damaged")
+    (folder / "part.zip").write_bytes(zipped({n: files[n] for n in names}))
+    prepare.download(target, None, [f"{url}/part.zip"], manifest)
+    assert tree(target) == files
+    prepare.download(target, None, ["http://127.0.0.1:1/never.zip"], manifest)
+
+
+def test_names_in_an_archive_cannot_lead_out_of_the_folder(release, tmp_path):
+    files, manifest, _ = release
+    evil = {f"../../{i}.bmp": content for i, content in enumerate(files.values())}
+    (tmp_path / "evil.zip").write_bytes(
+        zipped({**evil, "/etc/evil": b"evil", "../e": b"e"})
+    )
+    before = set(tree(tmp_path))
+    prepare.download(tmp_path / "in" / "data", str(tmp_path / "evil.zip"), (), manifest)
+    assert tree(tmp_path / "in" / "data") == files
+    assert set(tree(tmp_path)) - before == {f"in/data/{name}" for name in files}
+
+
+def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tmp_path):
+    _, _, archive = release
+    bad = tmp_path / "bad.zip"
+    for content in (
+        b"",
+        b"text",
+        archive[:-40],
+        archive[:60] + b"\0" * 9 + archive[69:],
+    ):
+        bad.write_bytes(content)
+        argv = ["--download", tmp_path / "data", "--archive", bad]
+        assert refused(call("prepare", *argv), "bad.zip")
+    argv[-1] = tmp_path / "no.zip"
+    assert refused(call("prepare", *argv), "no.zip", "no such file")
+    assert refused(call("prepare", *argv[2:], "--synthetic", 1), "--download")
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_manifest_names_every_file_of_the_three_sets():
+    names = list(prepare.read_manifest(prepare.MANIFEST))
+    counts = [
+        sum(name.startswith(f"{s}/") for name in names)
+        for s in ("T91", "Set5", "Set14")
+    ]
+    assert counts == [91, 5, 14]
+
+
+@needs_data
+def test_the_manifest_fits_the_real_files():
+    assert prepare.missing_files(DATA, prepare.read_manifest(prepare.MANIFEST)) == {}
