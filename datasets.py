@@ -275,7 +275,7 @@ class Batches:
             return
         loader = DataLoader(
             self.patches,
-            batch_sampler=order.tolist(),
+            batch_sampler=map(torch.Tensor.tolist, order),
             num_workers=self.num_workers,
             collate_fn=_as_read,
             pin_memory=self.device.type == "cuda",

@@ -29,13 +29,13 @@ from utils import (
     crop_to_multiple,
     degrade,
     int_at_least,
+    levels_of,
     list_images,
+    number,
     open_image,
     parser_for,
-    read_levels,
     rgb_to_ycbcr,
     run,
-    to_8bit,
     write_whole,
 )
 
@@ -53,19 +53,28 @@ SOURCES = (
 # --- pictures to h5 -------------------------------------------------------------------------------------------------
 
 
-def read_pair(
-    path: Path, scale: int, num_channels: int, degradation: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ilr, hr) of a picture file, float32 in 0..255, H x W or 3 x H x W."""
-    if degradation == "pillow":
-        return pillow_pair(open_image(path), scale, num_channels)
-    hr = crop_to_multiple(read_levels(path, num_channels), scale)
-    return (degrade(hr, scale) if hr.size else hr), hr
+Pair = tuple[np.ndarray, np.ndarray]  # (ilr, hr), float32, 0..255, H x W or 3 x H x W
 
 
-def pillow_pair(
-    image: Image.Image, scale: int, num_channels: int
-) -> tuple[np.ndarray, np.ndarray]:
+def degraded_pair(image: Image.Image, args: argparse.Namespace) -> Pair:
+    """A picture and what is left of it after --degradation."""
+    if args.degradation == "pillow":
+        return pillow_pair(image, args.scale, args.num_channels)
+    hr = crop_to_multiple(levels_of(image, args.num_channels), args.scale)
+    return (degrade(hr, args.scale) if hr.size else hr), hr
+
+
+def read_images(args: argparse.Namespace, paths: list[Path]) -> Iterator[Image.Image]:
+    """The pictures of a folder, each followed by its copies of --shrink."""
+    for path in paths:
+        image = open_image(path)
+        yield image
+        for factor in args.shrink:
+            size = [max(1, round(factor * side)) for side in image.size]
+            yield image.resize(size, Image.Resampling.BICUBIC)
+
+
+def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
     """What the forks do: resize instead of crop, Pillow's bicubic on 8-bit RGB, and luma after it, not rounded."""
     hr = image.convert("RGB")
     size = max(hr.width // scale, 1), max(hr.height // scale, 1)
@@ -145,35 +154,29 @@ class EvalWriter:
 
 
 def write_h5(
-    args: argparse.Namespace,
-    names: Sequence[object],
-    pairs: Iterator[tuple[np.ndarray, np.ndarray]],
+    args: argparse.Namespace, names: list, images: Iterator[Image.Image]
 ) -> None:
-    """Write all pairs to args.output_path, with a progress bar; pictures that are too small are named and skipped."""
+    """Write all pictures to args.output_path, one after the other: memory stays flat.
+
+    Those that are too small are named and skipped.
+    """
     with atomic_path(args.output_path) as partial, h5py.File(partial, "w") as file:
-        stated = {
-            "scale": args.scale,
-            "degradation": args.degradation,
-            "version": VERSION,
-        }
-        if not args.eval:
-            stated |= {"patch_size": args.patch_size, "stride": args.stride}
-        file.attrs.update(stated)
-        writer = (
-            EvalWriter(file)
-            if args.eval
-            else TrainWriter(file, args.patch_size, args.stride, args.num_channels)
-        )
-        for name, pair in tqdm(zip(names, pairs), "pictures", len(names), disable=None):
-            if not writer.add(*pair):
-                tqdm.write(
-                    f"{name}: skipped, smaller than {'the scale' if args.eval else 'a patch'}",
-                    sys.stderr,
-                )
+        stated = {"scale": args.scale, "degradation": args.degradation}
+        file.attrs.update(stated, version=VERSION)
+        if args.eval:
+            writer = EvalWriter(file)
+        else:
+            file.attrs.update(patch_size=args.patch_size, stride=args.stride)
+            writer = TrainWriter(file, args.patch_size, args.stride, args.num_channels)
+        for name, image in tqdm(
+            zip(names, images), "pictures", len(names), disable=None
+        ):
+            if not writer.add(*degraded_pair(image, args)):
+                limit = "the scale" if args.eval else "a patch"
+                tqdm.write(f"{name}: skipped, smaller than {limit}", sys.stderr)
         if not writer.count:
-            raise InputError(
-                f"{args.images_dir or '--synthetic'}: no picture is as large as --patch-size"
-            )
+            cure = "lower --patch-size or name larger pictures"
+            raise InputError(f"{args.images_dir}: no picture is large enough; {cure}")
     what = "pictures" if args.eval else "patches"
     print(f"{args.output_path}: {writer.count} {what} for x{args.scale}")
 
@@ -181,15 +184,13 @@ def write_h5(
 # --- drawn pictures -------------------------------------------------------------------------------------------------
 
 
-def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> np.ndarray:
+def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Image:
     """A picture of discs that cover one another, with edges and areas distributed as in photographs.
 
     Radii have density ~ r^-3 between one pixel and the picture's side, colours are uniform (Lee, Mumford, Huang,
     "Occlusion models for natural images", IJCV 2001; for training: Achddou, Gousseau, Ladjal 2021). The newest disc
     lies on top; they are drawn at four times the size and reduced, which gives soft edges.
 
-    Returns:
-        RGB, 3 x side x side, uint8.
     """
     rng = np.random.default_rng(seed)
     big = side * oversampling
@@ -205,26 +206,13 @@ def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> np.ndarray
             (x - radius, y - radius, x + radius, y + radius),
             fill=tuple(colour.tolist()),
         )
-    small = image.resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small).transpose(2, 0, 1)
+    return image.resize((side, side), Image.Resampling.BOX)
 
 
-def synthetic_pairs(
-    args: argparse.Namespace,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ilr, hr) of args.synthetic drawn pictures; an evaluation file gets others than a training file."""
-    for i in range(args.synthetic):
-        rgb = dead_leaves(1_000_000 * args.eval + 10_000 * args.seed + i).astype(
-            np.float32
-        )
-        if args.degradation == "pillow":
-            image = Image.fromarray(rgb.transpose(1, 2, 0).astype(np.uint8))
-            yield pillow_pair(image, args.scale, args.num_channels)
-            continue
-        hr = crop_to_multiple(
-            rgb if args.num_channels == 3 else to_8bit(rgb_to_ycbcr(rgb)[0]), args.scale
-        )
-        yield degrade(hr, args.scale), hr
+def draw_images(args: argparse.Namespace) -> Iterator[Image.Image]:
+    """args.synthetic drawn pictures; an evaluation file gets others for a seed."""
+    first = 1_000_000 * args.eval + 10_000 * args.seed
+    return map(dead_leaves, range(first, first + args.synthetic))
 
 
 # --- download -------------------------------------------------------------------------------------------------------
@@ -398,6 +386,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="1: luma (default), 3: RGB",
     )
     parser.add_argument(
+        "--shrink",
+        type=number(0, 1),
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="cut patches from copies reduced by these factors, too",
+    )
+    parser.add_argument(
         "--degradation",
         choices=("matlab", "pillow"),
         default="matlab",
@@ -420,17 +416,11 @@ def main(args: argparse.Namespace) -> None:
                 f"--{flag.replace('_', '-')}: is needed to make an h5 file"
             )
     if args.synthetic:
-        write_h5(args, range(args.synthetic), synthetic_pairs(args))
-    else:
-        paths = list_images(args.images_dir)
-        write_h5(
-            args,
-            paths,
-            (
-                read_pair(path, args.scale, args.num_channels, args.degradation)
-                for path in paths
-            ),
-        )
+        return write_h5(args, list(range(args.synthetic)), draw_images(args))
+    paths = list_images(args.images_dir)
+    copies = 1 + len(args.shrink)
+    names = [path for path in paths for _ in range(copies)]
+    write_h5(args, names, read_images(args, paths))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from utils import (
     InputError,
     int_at_least,
     mean,
+    number,
     parser_for,
     psnr,
     run,
@@ -134,7 +134,10 @@ class Training:
     ) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        model = SRCNN(num_channels, args.filters, args.kernel_sizes, args.init)
+        try:
+            model = SRCNN(num_channels, args.filters, args.kernel_sizes, args.init)
+        except ValueError as error:
+            raise InputError(f"--kernel-sizes, --filters: {error}") from error
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = (
             AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
@@ -229,8 +232,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._remember)
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(caught, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         self.signal = number
@@ -258,8 +261,10 @@ def train_one_epoch(
         disable=None if is_main() else True,
     )
     for lr, hr in bar:
-        training.set_learning_rate(training.progress(len(batches)))
-        with torch.autocast(lr.device.type, torch.bfloat16, enabled=args.bf16):
+        progress = training.progress(len(batches))
+        training.set_learning_rate(progress)
+        coarse = progress < args.bf16
+        with torch.autocast(lr.device.type, torch.bfloat16, enabled=coarse):
             restored = network(lr, valid=True)
         loss = F.mse_loss(restored.float(), hr)
         for optimizer in training.optimizers:
@@ -371,18 +376,6 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
 # --- command line -------------------------------------------------------------------
 
 
-def number(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number in low <= x < high."""
-
-    def parse(text: str) -> float:
-        value = float(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-        return value
-
-    return parse
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = parser_for(__doc__)
     add = parser.add_argument
@@ -402,7 +395,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup", type=int_at_least(0), default=100, help="steps (default: 100)")
     add("--ema", type=number(0, 1), default=0.995, help="average of weights; 0: none")
     add("--augment", action=argparse.BooleanOptionalAction, default=True)
-    add("--bf16", action="store_true", help="convolve in bfloat16: twice as fast")
+    share = "share of training, from its start, in bfloat16: there twice as fast (0.7)"
+    add("--bf16", type=number(0, 1.01), nargs="?", const=0.7, default=0, help=share)
     add("--init", choices=("identity", "gaussian", "default"), default="identity")
     add("--filters", type=int_at_least(1), nargs="+", default=[64, 32], metavar="N")
     add("--kernel-sizes", type=int_at_least(1), nargs="+", default=[9, 5, 5])

@@ -67,6 +67,18 @@ def int_at_least(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def number(low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number, low or more and below high."""
+
+    def parse(text: str) -> float:
+        value = float(text)  # argparse words its ValueError
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return value
+
+    return parse
+
+
 # --- colour ---------------------------------------------------------------------------------------------------------
 
 # ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have 64.738 for 65.738 = 65.481 *
@@ -324,18 +336,22 @@ def decode(image: Image.Image) -> Planes:
     return Planes(values[: 1 if grey else 3], alpha, 0, 255, mode)
 
 
-def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
-    """Read a picture as the protocol does: its luma, rounded, H x W.
+def levels_of(image: Image.Image, num_channels: int = 1) -> np.ndarray:
+    """A picture as the protocol takes it: its luma, rounded, H x W, float32.
 
     A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
     """
-    planes = decode(open_image(path))
-    levels = planes.levels()
+    levels = decode(image).levels()
     if num_channels == 3:
         return np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
     if len(levels) == 1:
         return levels[0]
     return to_8bit(rgb_to_ycbcr(levels.astype(np.float64))[0]).astype(np.float32)
+
+
+def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
+    """levels_of a picture file; raises as open_image does."""
+    return levels_of(open_image(path), num_channels)
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def h5_files(tmp_path_factory) -> tuple[Path, Path]:
     """(training file, evaluation file) of drawn pictures, x3, 64 patches of 33 pixels."""
     folder = tmp_path_factory.mktemp("h5")
     files = folder / "train_x3.h5", folder / "eval_x3.h5"
-    for path, count, more in zip(files, (4, 2), (["--stride", "55"], ["--eval"])):
+    for path, count, more in zip(files, (4, 2), (["--stride", "74"], ["--eval"])):
         argv = ["--synthetic", str(count), "--output-path", str(path), "--scale", "3"]
         args = prepare.get_args_parser().parse_args(argv + more)
         prepare.main(args)

@@ -104,6 +104,24 @@ def test_pillow_degradation_is_the_forks_procedure(call, images, tmp_path):
         assert file.attrs["degradation"] == "pillow"
 
 
+def test_copies_that_are_reduced_are_cut_up_too(call, images, tmp_path):
+    (images / "grey.bmp").unlink()
+    argv = ["--images-dir", images, "--scale", 2, "--patch-size", 20, "--stride", 50]
+    argv += ["--output-path", tmp_path / "t.h5", "--shrink", 0.6, 0.5, 0.1]
+    assert call("prepare", *argv).status == 0
+    with h5py.File(tmp_path / "t.h5") as file:
+        patches = np.asarray(file["hr"])
+    colour = Image.open(images / "colour.png")
+    copies = [
+        colour,
+        *(colour.resize(s, Image.Resampling.BICUBIC) for s in ((30, 25), (25, 20))),
+    ]
+    for i, copy in enumerate(copies):
+        copy.save(tmp_path / "copy.png")
+        assert np.array_equal(patches[i], luma(tmp_path / "copy.png")[:20, :20])
+    assert len(patches) == 3
+
+
 def test_bad_input_is_one_line_and_changes_nothing(call, images, tmp_path):
     out = tmp_path / "out.h5"
     out.write_bytes(b"from before")
@@ -154,12 +172,12 @@ def test_drawn_pictures_follow_from_the_seed(call, tmp_path):
 
 
 def test_dead_leaves_have_edges_and_flat_areas_in_all_sizes():
-    rgb = prepare.dead_leaves(0).astype(float)
+    rgb = np.asarray(prepare.dead_leaves(0)).astype(float).transpose(2, 0, 1)
     assert rgb.shape == (3, 256, 256)
     steps = np.abs(np.diff(rgb.mean(axis=0), axis=1))
     assert 0.3 < (steps < 1).mean() < 0.95  # flat inside of discs
     assert (steps > 20).mean() > 0.02  # edges between them
-    assert not np.array_equal(rgb, prepare.dead_leaves(1))
+    assert prepare.dead_leaves(0) != prepare.dead_leaves(1)
     # The power spectrum falls about as in photographs: far more in low frequencies.
     power = np.abs(np.fft.rfft2(rgb.mean(axis=0) - rgb.mean())) ** 2
     assert power[1:9, 1:9].mean() > 30 * power[33:65, 33:65].mean()

@@ -1,0 +1,492 @@
+"""Training: the loop, its files, resuming, killing, several processes."""
+
+import csv
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, needs_data, refused, spawn, tree
+
+import train
+from models import SRCNN, load_srcnn
+
+SMALL = ["--filters", 8, 4, "--kernel-sizes", 5, 3, 5]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def base(h5_files, tmp_path) -> list:
+    """The arguments of a short run of a small network: 64 patches, four steps an epoch."""
+    files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
+    return [*files, *SMALL, "--outputs-dir", tmp_path / "out", "--num-epochs", 3]
+
+
+def history(folder: Path) -> list[dict]:
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_srcnn(path).state_dict()
+
+
+def equal(a: Path, b: Path) -> bool:
+    return all(
+        torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values())
+    )
+
+
+def everything(path: Path) -> list:
+    """All that a last.pth holds of a run but its clock and the places it writes to."""
+    state = torch.load(path, weights_only=True)
+    rows = [{**row, "seconds": 0} for row in state["history"]]
+    counters = [value for i, value in enumerate(state["counters"]) if i != 4]
+    return [rows, counters, *tensors(state)]
+
+
+def tensors(value: object) -> list:
+    if isinstance(value, torch.Tensor):
+        return [value.tolist()]
+    if isinstance(value, dict):
+        value = list(value.values())
+    value = value if isinstance(value, (list, tuple)) else []
+    return [tensor for item in value for tensor in tensors(item)]
+
+
+def test_a_run_writes_weights_checkpoint_and_history(call, base, tmp_path):
+    result = call("train", *base, "--save-every", 2)
+    assert result.status == 0, result.err
+    folder = tmp_path / "out" / "x3"
+    names = {"best.pth", "last.pth", "history.csv", "epoch_2.pth"}
+    assert set(tree(folder)) == names
+    rows = history(folder)
+    assert list(rows[0]) == ["epoch", "loss", "psnr", "learning_rate", "seconds"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert result.out.count("epoch") == 3
+    best = max(float(row["psnr"]) for row in rows)
+    assert f"{best:.3f} dB" in result.out.splitlines()[-1]
+    state = torch.load(folder / "best.pth", weights_only=True)
+    assert list(state) == list(SRCNN().state_dict())
+
+
+def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_path):
+    call("train", *base, "--lr", 0.01)
+    model = load_srcnn(tmp_path / "out" / "x3" / "best.pth")
+    scores = []
+    with h5py.File(h5_files[1]) as file:
+        for name in file["lr"]:
+            lr, hr = np.asarray(file["lr"][name]), np.asarray(file["hr"][name])
+            with torch.no_grad():
+                y = model(torch.from_numpy(lr)[None, None] / 255)[0, 0].numpy() * 255
+            error = (np.clip(np.floor(y + 0.5), 0, 255) - hr)[3:-3, 3:-3]
+            scores.append(10 * np.log10(255**2 / np.mean(error.astype(float) ** 2)))
+    best = max(float(row["psnr"]) for row in history(tmp_path / "out" / "x3"))
+    assert np.mean(scores) == pytest.approx(best, abs=1e-4)
+
+
+def test_the_network_learns(call, h5_files, tmp_path):
+    files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
+    argv = [*files, "--outputs-dir", tmp_path, "--num-epochs", 12, "--warmup", 5]
+    result = call("train", *argv, "--optimizer", "muon", "--ema", 0.9)
+    bicubic = float(result.out.split("bicubic has ")[1].split()[0])
+    best = max(float(row["psnr"]) for row in history(tmp_path / "x3"))
+    assert best > bicubic + 0.4
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
+def test_a_seed_decides_a_run_bit_for_bit(call, base, tmp_path, optimizer):
+    base += ["--optimizer", optimizer]
+    for name, seed in ("a", 1), ("b", 1), ("c", 2):
+        assert (
+            call(
+                "train", *base, "--seed", seed, "--outputs-dir", tmp_path / name
+            ).status
+            == 0
+        )
+    assert equal(tmp_path / "a/x3/last.pth", tmp_path / "b/x3/last.pth")
+    assert not equal(tmp_path / "a/x3/last.pth", tmp_path / "c/x3/last.pth")
+
+
+def test_streaming_gives_the_same_weights(call, base, tmp_path):
+    for flag in ("--stream", "--no-stream"):
+        call("train", *base, flag, "--num-workers", 1, "--outputs-dir", tmp_path / flag)
+    assert equal(
+        tmp_path / "--stream/x3/last.pth", tmp_path / "--no-stream/x3/last.pth"
+    )
+
+
+def test_several_files_train_as_one(call, base, h5_files, tmp_path):
+    with h5py.File(h5_files[0]) as file:
+        for name, rows in ("first.h5", slice(40)), ("second.h5", slice(40, None)):
+            with h5py.File(tmp_path / name, "w") as part:
+                for key in ("lr", "hr"):
+                    part[key] = file[key][rows]
+    call("train", *base)
+    parts = ["--train-file", tmp_path / "first.h5", tmp_path / "second.h5"]
+    call("train", *base, *parts, "--outputs-dir", tmp_path / "parts")
+    assert equal(tmp_path / "out/x3/last.pth", tmp_path / "parts/x3/last.pth")
+
+
+def test_cosine_falls_to_zero_and_constant_stays(call, base, tmp_path):
+    call("train", *base, "--lr", 0.01, "--warmup", 3)
+    rates = [float(row["learning_rate"]) for row in history(tmp_path / "out/x3")]
+    steps = 3 * 4
+    expected = [
+        0.005 * (1 + math.cos(math.pi * (4 * e - 1) / steps)) for e in (1, 2, 3)
+    ]
+    assert rates == pytest.approx(expected)
+    call("train", *base, "--lr", 0.01, "--schedule", "constant", "--warmup", 7)
+    rates = [float(row["learning_rate"]) for row in history(tmp_path / "out/x3")]
+    assert rates == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_minutes_plan_the_schedule_over_the_time(call, base, tmp_path):
+    at = base.index("--num-epochs")
+    call("train", *base[:at], "--minutes", 0.04, "--warmup", 0)
+    last = history(tmp_path / "out/x3")[-1]
+    assert 2.4 <= float(last["seconds"]) < 5
+    assert float(last["learning_rate"]) < 1e-4
+
+
+def test_the_last_layer_learns_at_a_tenth_by_the_papers_rule():
+    torch.manual_seed(0)
+    model = SRCNN(filters=(4, 4), kernel_sizes=(3, 3, 3), init="default").double()
+    (optimizer,) = train.make_optimizers(model, "sgd", 0.1)
+    x, y = torch.rand(2, 1, 9, 9).double(), torch.rand(2, 1, 3, 3).double()
+    state = {
+        n: (p.detach().clone(), torch.zeros_like(p))
+        for n, p in model.named_parameters()
+    }
+    for _ in range(4):
+        optimizer.zero_grad()
+        ((model(x, valid=True) - y) ** 2).mean().backward()
+        for name, p in model.named_parameters():
+            w, delta = state[name]
+            delta = 0.9 * delta - (0.01 if name.startswith("conv3") else 0.1) * p.grad
+            state[name] = w + delta, delta
+        optimizer.step()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, state[name][0], atol=1e-12), name
+    groups = train.make_optimizers(model, "adam", 0.1)[0].param_groups
+    assert [group["lr"] for group in groups] == [0.1, pytest.approx(0.01)]
+    assert [len(group["params"]) for group in groups] == [4, 2]
+
+
+@pytest.mark.parametrize("shape", [(64, 81), (32, 1600), (40, 7)])
+def test_muons_step_is_nearly_orthogonal(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    result = train.orthogonal(matrix)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    ours = torch.diag(u.T @ result @ v.T)  # the same directions, only stretched
+    assert ours.min() > 0.5
+    assert (result - u @ torch.diag(ours) @ v).norm() < 1e-3 * result.norm()
+
+
+def test_bfloat16_trains_too(call, base, tmp_path):
+    result = call("train", *base, "--bf16", "--lr", 0.01)
+    assert result.status == 0
+    assert weights(tmp_path / "out/x3/best.pth")["conv1.weight"].dtype == torch.float32
+
+
+# --- resuming -----------------------------------------------------------------------
+
+
+def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
+    constant = [*base, "--schedule", "constant"]
+    call("train", *constant, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
+    call("train", *constant, "--num-epochs", 2)
+    last = tmp_path / "out/x3/last.pth"
+    result = call("train", "--resume", last, "--num-epochs", 5)
+    assert result.status == 0, result.err
+    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+    assert [row["epoch"] for row in history(last.parent)] == list("12345")
+    before = tree(last.parent)
+    assert call("train", "--resume", last).status == 0  # nothing left to do
+    assert tree(last.parent) == before
+
+
+def test_resume_without_a_value_takes_the_file_in_outputs_dir(call, base, tmp_path):
+    call("train", *base)
+    result = call(
+        "train", "--outputs-dir", tmp_path / "out", "--resume", "--num-epochs", 4
+    )
+    assert result.status == 0
+    assert len(history(tmp_path / "out/x3")) == 4
+
+
+def test_contradictions_to_the_checkpoint_are_named(call, base, tmp_path):
+    call("train", *base)
+    before = tree(tmp_path / "out")
+    for flag, value in ("--lr", 0.5), ("--batch-size", 4), ("--seed", 9), ("--ema", 0):
+        result = call("train", *base, "--resume", "--", flag, value)
+        result = call("train", *base, flag, value, "--resume")
+        assert refused(result, flag, "was trained with")
+    assert tree(tmp_path / "out") == before
+
+
+def start(*argv: object, **kwargs: object) -> subprocess.Popen:
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
+        **kwargs,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_the_run_goes_on_bit_for_bit(base, tmp_path, number):
+    base += ["--num-epochs", 60]
+    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "whole", env=ONE_THREAD)
+    process = start(ROOT / "train.py", *base)
+    last = tmp_path / "out/x3/last.pth"
+    wait_for(last.with_name("history.csv"), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"--resume {last}" in out.splitlines()[-1]
+    assert err == ""
+    assert torch.load(last, weights_only=True)["counters"][0] < 60
+    assert spawn(ROOT / "train.py", "--resume", last, env=ONE_THREAD).returncode == 0
+    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+    assert equal(last.with_name("best.pth"), tmp_path / "whole/x3/best.pth")
+
+
+def test_ten_kills_at_random_moments_lose_nothing(base, tmp_path):
+    base += ["--num-epochs", 80]
+    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "whole", env=ONE_THREAD)
+    last = tmp_path / "out/x3/last.pth"
+    argv = base
+    epochs = []
+    for _ in range(10):
+        process = start(ROOT / "train.py", *argv)
+        wait_for(last, process)
+        changed = last.stat().st_mtime_ns
+        while last.stat().st_mtime_ns == changed and process.poll() is None:
+            time.sleep(0.002)  # until it trains
+        time.sleep(random.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        epochs.append(torch.load(last, weights_only=True)["counters"][0])
+        load_srcnn(last.with_name("best.pth"))
+        argv = ["--resume", last]
+    assert epochs == sorted(epochs)
+    assert epochs[0] < 80
+    assert spawn(ROOT / "train.py", "--resume", last, env=ONE_THREAD).returncode == 0
+    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+    assert equal(last.with_name("best.pth"), tmp_path / "whole/x3/best.pth")
+    assert [row["epoch"] for row in history(last.parent)] == [
+        str(i) for i in range(1, 81)
+    ]
+
+
+def test_a_full_disk_is_an_error_and_keeps_the_old_files(base, tmp_path):
+    assert spawn(ROOT / "train.py", *base, env=ONE_THREAD).returncode == 0
+    before = tree(tmp_path / "out")
+    limit = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]; "
+    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = spawn("-c", limit, ROOT / "train.py", *base, env=ONE_THREAD)
+    assert refused(
+        (type("R", (), {"status": result.returncode, "err": result.stderr})),
+        "cannot be written",
+        "pth",
+    )
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
+    call, base, tmp_path
+):
+    reckless = ["--optimizer", "sgd", "--lr", 1e9, "--schedule", "constant"]
+    result = call("train", *base, *reckless, "--warmup", 0)
+    assert refused(result, "--lr", "epoch 1", "learning rate of 1e+09", "--warmup")
+    assert load_srcnn(tmp_path / "out/x3/best.pth")
+
+
+# --- bad input ----------------------------------------------------------------------
+
+
+def test_bad_arguments_are_one_line_and_write_nothing(call, base, h5_files, tmp_path):
+    files = [*base[:4]]
+    bad = [
+        (["--scale", 4], "made for --scale 3"),
+        (["--scale", 1], "--scale"),
+        (["--lr", -1], "--lr"),
+        (["--lr", "fast"], "--lr"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--num-epochs", 0], "--num-epochs"),
+        (["--minutes", 0], "--minutes"),
+        (["--ema", 1], "--ema"),
+        (["--kernel-sizes", 9, 4, 5], "--kernel-sizes"),
+        (["--kernel-sizes", 9, 5], "--kernel-sizes"),
+        (["--device", "cuda:77"], "--device"),
+        (["--device", "toaster"], "--device"),
+        (["--optimizer", "adagrad"], "--optimizer"),
+        (["--resume", tmp_path / "no.pth"], "no.pth"),
+        (["--train-file", h5_files[1]], "no training file"),
+        (["--eval-file", h5_files[0]], "no evaluation file"),
+        (["--train-file", tmp_path / "no.h5"], "no.h5"),
+    ]
+    for more, words in bad:
+        assert refused(call("train", *files, "--outputs-dir", tmp_path, *more), words)
+    assert refused(call("train", "--train-file", h5_files[0]), "--eval-file")
+    assert tree(tmp_path) == {}
+
+
+def test_a_damaged_checkpoint_is_refused(call, base, tmp_path):
+    call("train", *base)
+    last = tmp_path / "out/x3/last.pth"
+    content = last.read_bytes()
+    for damaged in (b"", content[:1000], (last.parent / "best.pth").read_bytes()):
+        last.write_bytes(damaged)
+        assert refused(call("train", "--resume", last), "last.pth")
+
+
+def test_tensorboard_says_how_to_install_it_where_it_is_not(call, base, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert refused(call("train", *base, "--tensorboard"), "pip install tensorboard")
+
+
+# --- several processes --------------------------------------------------------------
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_two_processes_train_as_one(base, tmp_path):
+    base += ["--num-epochs", 1, "--batch-size", 8]
+    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "one", env=ONE_THREAD)
+    probe = tmp_path / "probe.py"  # train.py, and then what each rank holds
+    probe.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import torch, train\n"
+        "keep, train.Training = train.Training, type('T', (train.Training,), {})\n"
+        "runs = []\n"
+        "train.Training.__init__ = lambda self, *a: (keep.__init__(self, *a), runs.append(self))[0]\n"
+        "status = train.main(train.parse_args())\n"
+        f"torch.save(runs[0].model.state_dict(), {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
+        "sys.exit(status)\n"
+    )
+    result = spawn(
+        *TORCHRUN, probe, *base, "--outputs-dir", tmp_path / "two", env=ONE_THREAD
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 1 ") == 1  # only one rank prints
+    ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
+    alone = weights(tmp_path / "one/x3/last.pth")
+    untrained = SRCNN(1, (8, 4), (5, 3, 5))
+    assert list(ranks[0]) == list(untrained.state_dict())
+    for name in alone:
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        assert (ranks[0][name] - alone[name]).abs().max() < 1e-5
+    psnr = [float(history(tmp_path / d / "x3")[0]["psnr"]) for d in ("one", "two")]
+    assert psnr[0] == pytest.approx(psnr[1], abs=1e-3)
+
+
+def test_a_killed_worker_ends_the_job_and_a_resume_goes_on(base, tmp_path):
+    base += ["--num-epochs", 2000]
+    process = start(*TORCHRUN, ROOT / "train.py", *base)
+    last = tmp_path / "out/x3/last.pth"
+    wait_for(last.with_name("history.csv"), process)
+    children = (
+        Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    )
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    done = torch.load(last, weights_only=True)["counters"][0]
+    argv = ["--resume", last, "--num-epochs", done + 1]
+    result = spawn(*TORCHRUN, ROOT / "train.py", *argv, env=ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    assert len(history(last.parent)) == done + 1
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(base, tmp_path):
+    result = spawn(
+        *TORCHRUN, ROOT / "train.py", *base, "--batch-size", 5, env=ONE_THREAD
+    )
+    assert result.returncode != 0
+    assert "--batch-size: must be a multiple of the 2 processes" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+# --- the real images ----------------------------------------------------------------
+
+
+@needs_data
+def test_the_commands_of_the_forks_readme_run_unchanged(tmp_path):
+    data = ROOT / "data"
+    h5 = {name: tmp_path / f"{name}_x3.h5" for name in ("91-image", "Set5")}
+    prepare = ["prepare.py", "--scale", 3, "--output-path"]
+    train = [
+        "--lr",
+        "1e-4",
+        "--batch-size",
+        "16",
+        "--num-epochs",
+        "1",
+        "--num-workers",
+        "8",
+        "--seed",
+        "123",
+    ]
+    (tmp_path / "some").mkdir()
+    for i in range(1, 5):
+        (tmp_path / "some" / f"t{i}.bmp").symlink_to(
+            data.resolve() / "T91" / f"t{i}.bmp"
+        )
+    train = [*train, "--train-file", h5["91-image"], "--eval-file", h5["Set5"]]
+    train = ["train.py", "--outputs-dir", tmp_path / "outputs", "--scale", 3, *train]
+    best = tmp_path / "outputs" / "x3" / "best.pth"
+    (tmp_path / "butterfly.bmp").write_bytes(
+        (data / "Set5/butterfly_GT.bmp").read_bytes()
+    )
+    commands = [
+        [
+            *prepare,
+            h5["91-image"],
+            "--images-dir",
+            tmp_path / "some",
+            "--patch-size",
+            33,
+            "--stride",
+            14,
+        ],
+        [*prepare, h5["Set5"], "--images-dir", data / "Set5", "--eval"],
+        train,
+        [
+            "test.py",
+            "--weights-file",
+            best,
+            "--image-file",
+            tmp_path / "butterfly.bmp",
+            "--scale",
+            3,
+        ],
+    ]
+    for script, *argv in commands:
+        result = spawn(ROOT / script, *argv)
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "butterfly_srcnn_x3.png").is_file()
