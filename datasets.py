@@ -1,7 +1,8 @@
-"""h5 files of patches to batches on the training device, and h5 files of whole pictures for evaluation.
+"""h5 files of patches to batches on the training device, h5 files of pictures to arrays.
 
-Layout (yjn870's): training files hold datasets `lr` and `hr`, float32, N x P x P (ours also N x C x P x P) in 0..255;
-evaluation files hold groups `lr` and `hr` with datasets "0", "1", ... of H x W (or C x H x W).
+Training files hold datasets `lr` and `hr`, float32, N x P x P (of RGB N x 3 x P x P) in
+0..255. Evaluation files hold groups `lr` and `hr` with datasets "0", "1", ... of H x W
+(of RGB 3 x H x W). That is the layout of yjn870's files.
 """
 
 import math
@@ -31,71 +32,64 @@ def open_h5(path: str | Path) -> h5py.File:
         raise InputError(f"{path}: no h5 file, or truncated; {CURE}") from error
 
 
-def _open_pair(
-    path: str | Path, kind: type, use: str, scale: int | None
-) -> tuple[h5py.File, object, object]:
-    """The file and its `lr` and `hr`, which must be datasets (for training) or groups (for evaluation)."""
+def open_pair(path: str | Path, use: str, scale: int | None) -> h5py.File:
+    """Open a file whose `lr` and `hr` fit its `use`, "training" or "evaluation"."""
+    kind = h5py.Dataset if use == "training" else h5py.Group
     file = open_h5(path)
     for name in ("lr", "hr"):
         if name not in file:
             raise InputError(f"{path}: holds no {name!r}; {CURE}")
         if not isinstance(file[name], kind):
-            hint = "drop --eval" if kind is h5py.Dataset else "add --eval"
-            raise InputError(
-                f"{path}: is no {use} file; to make one, {hint} in the call of prepare.py"
-            )
-    made_for = file.attrs.get("scale", scale)
+            flag = "without" if use == "training" else "with"
+            raise InputError(f"{path}: is no {use} file; {CURE}, {flag} --eval")
+    made_for = file.attrs.get("scale", scale)  # the forks' files do not say
     if scale is not None and made_for != scale:
+        cure = "change --scale or the file"
         raise InputError(
-            f"{path}: was made for --scale {made_for}, not {scale}; change --scale or the file"
+            f"{path}: was made for --scale {made_for}, not {scale}; {cure}"
         )
-    return file, file["lr"], file["hr"]
+    return file
 
 
 def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[int, ...]:
-    """Check a training file's layout and return its shape, always as (N, C, P, P).
+    """Check a training file and return its shape, always as (N, C, P, P).
 
     Args:
-        scale: what the file must have been made for (files of the forks do not say), or None.
+        scale: what the file must have been made for, or None.
         halo: of the network; a patch must leave at least one output pixel.
     """
-    with (pair := _open_pair(path, h5py.Dataset, "training", scale))[0]:
-        _, lr, hr = pair
-        if lr.shape != hr.shape:
-            raise InputError(
-                f"{path}: 'lr' is {lr.shape} and 'hr' {hr.shape}, they must be equal; {CURE}"
-            )
-        if lr.ndim not in (3, 4) or lr.shape[-1] != lr.shape[-2]:
-            raise InputError(f"{path}: 'lr' is {lr.shape}, not N x P x P; {CURE}")
-        if not len(lr):
-            raise InputError(f"{path}: holds no patch; {CURE} from larger pictures")
-        if lr.shape[-1] < 2 * halo + 1:
-            raise InputError(
-                f"{path}: {lr.shape[-1]}-pixel patches; this network needs --patch-size {2 * halo + 1}"
-            )
-        return lr.shape if lr.ndim == 4 else (len(lr), 1, *lr.shape[1:])
+    with open_pair(path, "training", scale) as file:
+        lr, hr = file["lr"].shape, file["hr"].shape
+    if lr != hr:
+        raise InputError(f"{path}: 'lr' is {lr} and 'hr' {hr}, must be equal; {CURE}")
+    if len(lr) not in (3, 4) or lr[-1] != lr[-2]:
+        raise InputError(f"{path}: 'lr' is {lr}, not N x P x P; {CURE}")
+    if not lr[0]:
+        raise InputError(f"{path}: holds no patch; {CURE} from larger pictures")
+    if lr[-1] < 2 * halo + 1:
+        cure = f"this network needs --patch-size {2 * halo + 1} or more"
+        raise InputError(f"{path}: {lr[-1]}-pixel patches; {cure}")
+    return lr if len(lr) == 4 else (lr[0], 1, *lr[1:])
 
 
 def read_eval_pairs(
     path: str | Path, scale: int | None = None
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """All (ilr, hr) pictures of an evaluation file, float32 in 0..255, H x W or C x H x W."""
-    with (opened := _open_pair(path, h5py.Group, "evaluation", scale))[0]:
-        _, lr, hr = opened
+    """All (ilr, hr) pictures of an evaluation file, float32 in 0..255."""
+    pairs = []
+    with open_pair(path, "evaluation", scale) as file:
+        lr, hr = file["lr"], file["hr"]
         if not len(lr) or set(lr) != set(hr):
-            raise InputError(
-                f"{path}: 'lr' holds {len(lr)} pictures and 'hr' {len(hr)}; {CURE}"
-            )
-        pairs = []
+            counts = f"'lr' holds {len(lr)} pictures and 'hr' {len(hr)}"
+            raise InputError(f"{path}: {counts}; {CURE}")
         for name in sorted(lr, key=lambda name: (len(name), name)):
             pair = (
                 _read(path, lr[name], slice(None)),
                 _read(path, hr[name], slice(None)),
             )
             if pair[0].shape != pair[1].shape:
-                raise InputError(
-                    f"{path}: picture {name!r} differs in shape between 'lr' and 'hr'; {CURE}"
-                )
+                reason = f"picture {name!r} differs in shape between 'lr' and 'hr'"
+                raise InputError(f"{path}: {reason}; {CURE}")
             pairs.append(pair)
     return pairs
 
@@ -114,9 +108,9 @@ def _read(
 
 
 class H5Patches(Dataset):
-    """The patches of one or several training files, read batch by batch; index i runs through the files in order.
+    """The patches of one or several training files; index i runs through them in order.
 
-    The files are opened on first use in each process, so that workers may be forked or spawned.
+    The files are opened on first use in each process: workers may be forked or spawned.
     """
 
     def __init__(
@@ -126,9 +120,8 @@ class H5Patches(Dataset):
         shapes = [check_train_file(path, scale, halo) for path in self.paths]
         for path, shape in zip(self.paths, shapes):
             if shape[1:] != shapes[0][1:]:
-                raise InputError(
-                    f"{path}: patches are {shape[1:]}, those of {paths[0]} {shapes[0][1:]}; use one kind"
-                )
+                reason = f"patches are {shape[1:]}, those of {paths[0]} {shapes[0][1:]}"
+                raise InputError(f"{path}: {reason}; use one kind")
         self.patch_shape = shapes[0][1:]
         self.starts = np.cumsum([0] + [shape[0] for shape in shapes])
         self.files = None
@@ -143,7 +136,7 @@ class H5Patches(Dataset):
         }  # an open h5 file does not survive the way to another process
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(lr, hr) of these patches, in this order, each len(indices) x C x P x P, read in file order."""
+        """(lr, hr) of these patches, in this order, each len(indices) x C x P x P."""
         self.files = self.files or [open_h5(path) for path in self.paths]
         indices = np.asarray(indices)
         pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
@@ -168,11 +161,11 @@ class H5Patches(Dataset):
 def _as_read(
     pair: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return pair  # __getitems__ has made the batch; a lambda could not travel to a spawned worker
+    return pair  # a batch already; a lambda could not travel to a spawned worker
 
 
 def free_memory(device: torch.device) -> int:
-    """Free bytes on the device, or an estimate of 8 GB where the system does not say."""
+    """Free bytes on the device; 8 GB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -187,10 +180,10 @@ def free_memory(device: torch.device) -> int:
 
 
 class Batches:
-    """Shuffled, augmented batches of patches on the training device; the same for a seed, wherever the patches live.
+    """Shuffled, augmented batches on the training device.
 
-    Where the patches fit into a share of the device's free memory they are read once and stay there; else a
-    DataLoader streams them from the files.
+    Where the patches fit into a share of the device's free memory they are read once
+    and stay there; else a DataLoader streams them. Both ways give the same batches.
 
     Args:
         patches: where they come from.
@@ -199,7 +192,7 @@ class Batches:
         augment: turn and flip each patch at random, in one of eight ways.
         crop: pixels cut off each side of `hr`, the network's halo.
         num_workers: processes that read where patches are streamed.
-        stream: True or False decides for the DataLoader or against it; None looks at the free memory.
+        stream: for (True) or against (False) the DataLoader; None looks at the memory.
     """
 
     def __init__(
@@ -232,7 +225,7 @@ class Batches:
         self.resident = None if self.stream else self._load()
 
     def __len__(self) -> int:
-        """Batches in an epoch; patches that do not fill the last one wait for another epoch's order."""
+        """Batches in an epoch; what does not fill a last one is left out of it."""
         return len(self.patches) // self.batch_size
 
     def _load(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,7 +245,11 @@ class Batches:
     def epoch(
         self, number: int, first: int = 0
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """This rank's batches of an epoch from the `first` on: (lr, hr) in 0..1, n x C x P x P, `hr` cropped."""
+        """This rank's batches of an epoch, from the `first` on.
+
+        Yields:
+            (lr, hr), n x C x P x P in 0..1, `hr` cropped.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         used = len(self) * self.batch_size
         order = torch.randperm(len(self.patches), generator=generator)[:used].view(
@@ -301,7 +298,7 @@ class Batches:
 
 
 def symmetries(side: int) -> torch.Tensor:
-    """8 x side^2 indices: row k holds where each pixel of the k-th turned or flipped square comes from."""
+    """8 x side^2 indices: where each pixel of a turned or flipped square comes from."""
     square = torch.arange(side * side).view(side, side)
     turned = [torch.rot90(square, k) for k in range(4)]
     return torch.stack([way.flatten() for t in turned for way in (t, t.flip(1))])

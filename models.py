@@ -1,8 +1,8 @@
-"""SRCNN, the network, how it is loaded from a file, and how it runs over a picture of any size.
+"""SRCNN: the network, its loading from a file, and its run over pictures of any size.
 
-model = SRCNN()                                  # 9-5-5, 64 and 32 filters, the paper's best
-model = load_srcnn("weights/srcnn_x3.pth")       # shapes are read from the file
-restored = restore(model, ilr)                   # grey levels 0..255, tile by tile
+model = SRCNN()                             # 9-5-5, 64 and 32 filters, the paper's best
+model = load_srcnn("weights/srcnn_x3.pth")  # shapes are read from the file
+restored = restore(model, ilr)              # grey levels 0..255, tile by tile
 """
 
 import itertools
@@ -23,25 +23,26 @@ from tqdm import tqdm
 
 from utils import InputError, psnr, shave, to_8bit
 
-TILE = 192  # output pixels a side: on a CPU a tile's activations then stay in the cache
-CUDA_TILE = (
-    1024  # on a GPU large enough to fill the card, 1.3 GB of activations at most
-)
+TILE = 192  # output pixels a side: on a CPU the activations then stay in the cache
+CUDA_TILE = 1024  # fills a GPU with 0.6 GB of activations
+EXPECTED = "expected are conv1.weight, conv1.bias, ... that fit together"
 
 
 class SRCNN(nn.Module):
-    """Patch extraction (conv1), non-linear mapping (conv2), reconstruction (conv3), with ReLU between.
+    """Patch extraction (conv1), non-linear mapping (conv2), reconstruction (conv3).
 
-    Dong, Loy, He, Tang, "Image Super-Resolution Using Deep Convolutional Networks", TPAMI 2016, section 3.
+    Dong, Loy, He, Tang, "Image Super-Resolution Using Deep Convolutional Networks",
+    TPAMI 2016, section 3.
 
     Args:
         num_channels: 1 for luma, 3 for RGB.
         filters: outputs of every layer but the last.
-        kernel_sizes: odd side of each layer's kernel, one more than `filters`: (9, 5, 5), (9, 1, 5), (9, 1, 1, 5)...
-        init: "identity" (the untrained network returns its input), "gaussian" (the paper's) or "default" (PyTorch's).
+        kernel_sizes: odd sides, one more than `filters`: (9, 5, 5), (9, 1, 1, 5), ...
+        init: "identity" (the untrained network returns its input), "gaussian" (the
+            paper's) or "default" (PyTorch's).
 
     Raises:
-        ValueError: an even kernel, a number of filters that does not fit the kernels, or an unknown `init`.
+        ValueError: numbers that make no network, or an unknown `init`.
     """
 
     def __init__(
@@ -53,20 +54,13 @@ class SRCNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(kernel_sizes) != len(filters) + 1 or len(kernel_sizes) < 2:
-            raise ValueError(
-                f"{len(kernel_sizes)} kernel sizes need {len(kernel_sizes) - 1} filter counts, at least one"
-            )
-        if min(*filters, num_channels, *kernel_sizes) < 1 or not all(
-            k % 2 for k in kernel_sizes
-        ):
-            raise ValueError(
-                "channels, filters and kernel sizes must be positive, and kernel sizes odd"
-            )
+            raise ValueError("there must be one more kernel size than filter counts")
+        if min(num_channels, *filters) < 1 or any(k % 2 == 0 for k in kernel_sizes):
+            raise ValueError("filter counts must be positive and kernel sizes odd")
         widths = (num_channels, *filters, num_channels)
         for i, kernel_size in enumerate(kernel_sizes):
-            self.add_module(
-                f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size)
-            )
+            layer = nn.Conv2d(widths[i], widths[i + 1], kernel_size)
+            self.add_module(f"conv{i + 1}", layer)
         self.num_channels = num_channels
         self.halo = sum(k // 2 for k in kernel_sizes)
         self._initialize(init)
@@ -81,7 +75,8 @@ class SRCNN(nn.Module):
 
         Args:
             x: N x C x H x W, grey levels in 0..1.
-            valid: skip the padding, as the paper does in training: no output then depends on an invented border.
+            valid: skip the padding, as the paper does in training: then no output
+                depends on an invented border.
 
         Returns:
             N x C x H x W, or with `valid` N x C x (H - 2 halo) x (W - 2 halo).
@@ -120,27 +115,25 @@ class SRCNN(nn.Module):
 
 
 def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
-    """Build the network that a weights file holds; number of layers, widths and channels follow its shapes.
+    """Build the network that a weights file holds; its shapes decide what it is like.
 
     Args:
-        path: a plain state dict (ours or yjn870's), or a checkpoint that holds one as "model" or "state_dict".
+        path: a plain state dict (ours or yjn870's), or a checkpoint that holds one as
+            "model" or "state_dict".
         device: where the network goes.
 
     Raises:
-        InputError: no such file, truncated, no SRCNN, not finite, or holding anything but tensors and plain values.
+        InputError: no such file, truncated, no SRCNN, not finite, or holding anything
+            but tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such weights file; train one with train.py or pass --weights-file"
-        )
+        raise InputError(f"{path}: no such weights file; make one with train.py")
     try:
         with warnings.catch_warnings(action="ignore"):  # an error will say it in a line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path}: refused, it holds more than weights; load only state dicts"
-        ) from error
+        raise InputError(f"{path}: refused, it holds more than weights") from error
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise InputError(
             f"{path}: empty, truncated or no PyTorch file; copy it again"
@@ -149,16 +142,14 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
 
 
 def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
-    """The network of a state dict, or of a checkpoint that wraps one; `path` only names it in errors."""
+    """The network of what a file holds; `path` only names the file in errors."""
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(
         isinstance(value, torch.Tensor) for value in state.values()
     ):
-        raise InputError(
-            f"{path}: no SRCNN weights (expected conv1.weight, conv1.bias, ...)"
-        )
+        raise InputError(f"{path}: no SRCNN weights; {EXPECTED}")
     state = {
         re.sub(r"^module\.", "", str(key)): value for key, value in state.items()
     }  # saved from DataParallel
@@ -171,13 +162,9 @@ def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
         )
         model.load_state_dict(state)
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(
-            f"{path}: no SRCNN weights (expected conv1.weight, conv1.bias, ... that fit)"
-        ) from error
+        raise InputError(f"{path}: no SRCNN weights; {EXPECTED}") from error
     if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(
-            f"{path}: the weights hold NaN or infinity; take another file, best.pth rather than last.pth"
-        )
+        raise InputError(f"{path}: holds NaN or infinity; take another file")
     return model
 
 
@@ -198,7 +185,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Cut height x width pixels into rectangles (top, bottom, left, right) of about equal size, at most `side`."""
+    """Cut height x width pixels into equal (top, bottom, left, right), `side` at most."""
 
     def cuts(length: int) -> list[int]:
         count = math.ceil(length / side)
@@ -270,17 +257,12 @@ def clamped_crop(
 
     Beyond the picture's border the edge pixel is repeated.
     """
-    height, width = planes.shape[1:]
-    top, bottom, left, right = (
-        top - margin,
-        bottom + margin,
-        left - margin,
-        right + margin,
-    )
-    inside = planes[:, max(top, 0) : bottom, max(left, 0) : right]
-    rows = max(-top, 0), max(bottom - height, 0)
-    columns = max(-left, 0), max(right - width, 0)
-    return np.pad(inside, ((0, 0), rows, columns), mode="edge")
+    cuts, pads = [slice(None)], [(0, 0)]
+    for low, high, length in zip((top, left), (bottom, right), planes.shape[1:]):
+        low, high = low - margin, high + margin
+        cuts.append(slice(max(low, 0), high))
+        pads.append((max(-low, 0), max(high - length, 0)))
+    return np.pad(planes[tuple(cuts)], pads, mode="edge")
 
 
 @torch.inference_mode()

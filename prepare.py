@@ -1,14 +1,15 @@
-"""Make h5 files of patches for training and of pictures for evaluation, by bicubic degradation.
+"""Make h5 files, of patches to train on and of pictures to evaluate on, by bicubic.
 
-python prepare.py --images-dir data/T91 --output-path data/t91_x3.h5 --scale 3
-python prepare.py --images-dir data/Set5 --output-path data/set5_x3.h5 --scale 3 --eval
-python prepare.py --synthetic 96 --output-path data/leaves_x3.h5 --scale 3    # pictures drawn on the spot
-python prepare.py --download data                                             # T91, Set5 and Set14
+python prepare.py --images-dir data/T91 --output-path t91_x3.h5 --scale 3
+python prepare.py --images-dir data/Set5 --output-path set5_x3.h5 --scale 3 --eval
+python prepare.py --synthetic 96 --output-path leaves_x3.h5 --scale 3  # drawn pictures
+python prepare.py --download data                               # T91, Set5 and Set14
 """
 
 import argparse
 import hashlib
 import io
+import math
 import shutil
 import sys
 import tempfile
@@ -40,9 +41,8 @@ from utils import (
 )
 
 VERSION = 1  # of the h5 layout
-CHUNK = (
-    64 << 10
-)  # bytes of an h5 chunk: small enough to read single patches, large enough to keep the index short
+CHUNK = 64 << 10  # bytes: small enough to read single patches, few enough to index
+LARGEST = 16 << 20  # bytes that a picture of an archive may have
 MANIFEST = Path(__file__).resolve().parent / "assets" / "datasets.sha256"
 SOURCES = (
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
@@ -50,7 +50,7 @@ SOURCES = (
 )
 
 
-# --- pictures to h5 -------------------------------------------------------------------------------------------------
+# --- pictures to h5 -------------------------------------------------------------------
 
 
 Pair = tuple[np.ndarray, np.ndarray]  # (ilr, hr), float32, 0..255, H x W or 3 x H x W
@@ -75,53 +75,38 @@ def read_images(args: argparse.Namespace, paths: list[Path]) -> Iterator[Image.I
 
 
 def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
-    """What the forks do: resize instead of crop, Pillow's bicubic on 8-bit RGB, and luma after it, not rounded."""
-    hr = image.convert("RGB")
-    size = max(hr.width // scale, 1), max(hr.height // scale, 1)
-    hr = hr.resize((size[0] * scale, size[1] * scale), Image.Resampling.BICUBIC)
-    ilr = hr.resize(size, Image.Resampling.BICUBIC).resize(
-        hr.size, Image.Resampling.BICUBIC
-    )
-    planes = [
-        np.asarray(picture, np.float32).transpose(2, 0, 1) for picture in (ilr, hr)
-    ]
-    return tuple(
-        planes if num_channels == 3 else (rgb_to_ycbcr(rgb)[0] for rgb in planes)
+    """What the forks do: resize instead of crop, 8-bit RGB, luma not rounded."""
+    small = max(image.width // scale, 1), max(image.height // scale, 1)
+    large = small[0] * scale, small[1] * scale
+    hr = image.convert("RGB").resize(large, Image.Resampling.BICUBIC)
+    ilr = hr.resize(small, Image.Resampling.BICUBIC)
+    ilr = ilr.resize(large, Image.Resampling.BICUBIC)
+    ilr, hr = (np.asarray(rgb, np.float32).transpose(2, 0, 1) for rgb in (ilr, hr))
+    return (
+        (ilr, hr) if num_channels == 3 else (rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0])
     )
 
 
 def cut_patches(planes: np.ndarray, size: int, stride: int) -> np.ndarray:
-    """All size x size patches at multiples of `stride`: N x size x size, or N x C x size x size."""
-    windows = np.lib.stride_tricks.sliding_window_view(
-        planes, (size, size), axis=(-2, -1)
-    )
-    windows = windows[..., ::stride, ::stride, :, :]
+    """All patches at multiples of `stride`: N x size x size or N x C x size x size."""
+    view = np.lib.stride_tricks.sliding_window_view
+    windows = view(planes, (size, size), axis=(-2, -1))[..., ::stride, ::stride, :, :]
     if planes.ndim == 2:
         return windows.reshape(-1, size, size)
     return np.moveaxis(windows, 0, 2).reshape(-1, len(planes), size, size)
 
 
 class TrainWriter:
-    """Appends the patches of one picture after another to the datasets `lr` and `hr`."""
+    """Appends the patches of one picture after another to `lr` and `hr`."""
 
-    def __init__(
-        self, file: h5py.File, patch_size: int, stride: int, num_channels: int
-    ) -> None:
-        self.size, self.stride, self.count = patch_size, stride, 0
-        shape = (
-            (patch_size,) * 2
-            if num_channels == 1
-            else (num_channels, patch_size, patch_size)
-        )
-        chunk = max(1, CHUNK // (4 * int(np.prod(shape))))
+    def __init__(self, file: h5py.File, args: argparse.Namespace) -> None:
+        file.attrs.update(patch_size=args.patch_size, stride=args.stride)
+        self.size, self.stride, self.count = args.patch_size, args.stride, 0
+        shape = (args.num_channels,) * (args.num_channels > 1) + (self.size, self.size)
+        chunk = max(1, CHUNK // (4 * math.prod(shape)))
+        growing = {"maxshape": (None, *shape), "chunks": (chunk, *shape)}
         self.datasets = [
-            file.create_dataset(
-                name,
-                (0, *shape),
-                "float32",
-                maxshape=(None, *shape),
-                chunks=(chunk, *shape),
-            )
+            file.create_dataset(name, (0, *shape), "float32", **growing)
             for name in ("lr", "hr")
         ]
 
@@ -163,14 +148,9 @@ def write_h5(
     with atomic_path(args.output_path) as partial, h5py.File(partial, "w") as file:
         stated = {"scale": args.scale, "degradation": args.degradation}
         file.attrs.update(stated, version=VERSION)
-        if args.eval:
-            writer = EvalWriter(file)
-        else:
-            file.attrs.update(patch_size=args.patch_size, stride=args.stride)
-            writer = TrainWriter(file, args.patch_size, args.stride, args.num_channels)
-        for name, image in tqdm(
-            zip(names, images), "pictures", len(names), disable=None
-        ):
+        writer = EvalWriter(file) if args.eval else TrainWriter(file, args)
+        progress = tqdm(zip(names, images), "pictures", len(names), disable=None)
+        for name, image in progress:
             if not writer.add(*degraded_pair(image, args)):
                 limit = "the scale" if args.eval else "a patch"
                 tqdm.write(f"{name}: skipped, smaller than {limit}", sys.stderr)
@@ -181,16 +161,15 @@ def write_h5(
     print(f"{args.output_path}: {writer.count} {what} for x{args.scale}")
 
 
-# --- drawn pictures -------------------------------------------------------------------------------------------------
+# --- drawn pictures -------------------------------------------------------------------
 
 
 def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Image:
-    """A picture of discs that cover one another, with edges and areas distributed as in photographs.
+    """A picture of discs that cover one another: edges and areas as in photographs.
 
-    Radii have density ~ r^-3 between one pixel and the picture's side, colours are uniform (Lee, Mumford, Huang,
-    "Occlusion models for natural images", IJCV 2001; for training: Achddou, Gousseau, Ladjal 2021). The newest disc
-    lies on top; they are drawn at four times the size and reduced, which gives soft edges.
-
+    Radii have a density ~ r^-3 between one pixel and the picture's side (Lee, Mumford,
+    Huang, "Occlusion models for natural images", IJCV 2001; for training: Achddou,
+    Gousseau, Ladjal, 2021). Drawn `oversampling` times as large, for soft edges.
     """
     rng = np.random.default_rng(seed)
     big = side * oversampling
@@ -200,12 +179,9 @@ def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Imag
     low, high = float(oversampling), float(big)
     # Inverse of the distribution function of a density ~ r^-3 on low..high.
     radii = (low**-2 - rng.random(count) * (low**-2 - high**-2)) ** -0.5
-    centres, colours = rng.random((count, 2)) * big, rng.integers(0, 256, (count, 3))
-    for (x, y), radius, colour in zip(centres, radii, colours):
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius),
-            fill=tuple(colour.tolist()),
-        )
+    colours = rng.integers(0, 256, (count, 3)).tolist()
+    for (x, y), r, colour in zip(rng.random((count, 2)) * big, radii, colours):
+        draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
     return image.resize((side, side), Image.Resampling.BOX)
 
 
@@ -215,7 +191,7 @@ def draw_images(args: argparse.Namespace) -> Iterator[Image.Image]:
     return map(dead_leaves, range(first, first + args.synthetic))
 
 
-# --- download -------------------------------------------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -235,32 +211,32 @@ def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
     return {name: d for name, d in manifest.items() if not present(name, d)}
 
 
-def extract(archive: Path | io.IOBase, folder: Path, wanted: dict[str, str]) -> None:
-    """Write the wanted files of a zip archive, found by content, to where the manifest puts them.
+def extract(
+    archive: str | Path | io.IOBase, name: str, folder: Path, wanted: dict[str, str]
+) -> None:
+    """Write the wanted files of a zip archive to where the manifest puts them.
 
-    The archive's own names are never used, so none can lead out of `folder`.
+    They are found by content: the archive's own names, which might lead out of
+    `folder`, are never used.
 
     Raises:
-        InputError: no zip archive, or a corrupt one.
+        InputError: no zip archive, or a corrupt one; `name` is what it is called.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
-                if entry.file_size > 16 << 20:  # none of ours is that large
+                if entry.file_size > LARGEST:
                     continue
                 content = opened.read(entry)
                 digest = hashlib.sha256(content).hexdigest()
                 # Two pictures of T91 are the same: a content may have several names.
-                for name in (name for name, d in wanted.items() if d == digest):
-                    write_whole(folder / name, content)
+                for target in (n for n, wish in wanted.items() if wish == digest):
+                    write_whole(folder / target, content)
     except FileNotFoundError as error:
-        raise InputError(
-            f"{archive}: no such file; name a zip archive with --archive"
-        ) from error
+        raise InputError(f"{name}: no such file; pass --archive FILE.zip") from error
     except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"{archive}: no zip archive, or a corrupt one ({error}); fetch it again"
-        ) from error
+        reason = f"no zip archive, or a corrupt one ({error})"
+        raise InputError(f"{name}: {reason}; fetch it again") from error
 
 
 def fetch(url: str, file: io.IOBase) -> None:
@@ -269,18 +245,13 @@ def fetch(url: str, file: io.IOBase) -> None:
     Raises:
         InputError: no connection, an error status, or a connection that broke off.
     """
+    bar = {"desc": url.rpartition("/")[2], "disable": None}
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(
-                response,
-                "read",
-                size or None,
-                desc=url.rpartition("/")[2],
-                disable=None,
-            ) as body:
+            with tqdm.wrapattr(response, "read", size or None, **bar) as body:
                 shutil.copyfileobj(body, file)
-    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
+    except (OSError, ValueError) as error:  # refused connections are OSErrors, too
         raise InputError(f"{url}: {getattr(error, 'reason', error)}") from error
     if size and file.tell() != size:
         raise InputError(f"{url}: broke off after {file.tell():,} of {size:,} bytes")
@@ -292,116 +263,59 @@ def download(
     sources: Sequence[str] = SOURCES,
     manifest: Path = MANIFEST,
 ) -> None:
-    """Lay out folder/T91, folder/Set5 and folder/Set14 from a local archive or from the sources in turn.
+    """Lay out folder/T91, folder/Set5 and folder/Set14, from an archive or a source.
 
-    What is already there is kept, so a call that was interrupted goes on where it stopped.
+    What is already there is kept: an interrupted call goes on where it stopped.
 
     Raises:
         InputError: files are still missing afterwards.
     """
     wanted = missing_files(folder, read_manifest(manifest))
-    for source in [archive] if archive else sources:
+    if archive:
+        extract(archive, archive, folder, wanted)
+        wanted = missing_files(folder, wanted)
+    for url in [] if archive else sources:
         if not wanted:
             break
         try:
-            if archive:
-                extract(Path(archive), folder, wanted)
-            else:
-                # Python keeps this file nameless: nothing is left behind, whatever happens.
-                with tempfile.TemporaryFile() as file:
-                    fetch(source, file)
-                    extract(file, folder, wanted)
+            with tempfile.TemporaryFile() as file:  # nameless: nothing is left behind
+                fetch(url, file)
+                extract(file, url, folder, wanted)
         except InputError as error:
-            if archive:
-                raise
             print(f"{error}; trying the next source", file=sys.stderr)
         wanted = missing_files(folder, wanted)
     if wanted:
-        names = sorted(wanted)
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        cure = f"get {sources[0]} in another way and pass --download {folder} --archive FILE.zip"
-        raise InputError(
-            f"{archive or folder}: {len(names)} files are missing ({some}); {cure}"
-        )
+        names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)
+        cure = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
+        missing = f"{len(wanted)} files are missing ({names})"
+        raise InputError(f"{archive or folder}: {missing}; {cure}")
     print(f"{folder}: T91, Set5 and Set14 are complete")
 
 
-# --- command line ---------------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = parser_for(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--images-dir",
-        metavar="DIR",
-        help="make the file from the pictures of this folder",
-    )
-    source.add_argument(
-        "--synthetic",
-        type=int_at_least(1),
-        metavar="N",
-        help="make it from N drawn pictures",
-    )
-    source.add_argument(
-        "--download",
-        type=Path,
-        metavar="DIR",
-        help="fetch T91, Set5 and Set14 to this folder",
-    )
-    parser.add_argument(
-        "--archive",
-        metavar="FILE.zip",
-        help="with --download: take them from a local archive",
-    )
-    parser.add_argument("--output-path", metavar="FILE", help="the h5 file to write")
-    parser.add_argument(
-        "--scale",
-        type=int_at_least(2),
-        metavar="N",
-        help="how much smaller the low resolution is",
-    )
-    parser.add_argument(
-        "--patch-size",
-        type=int_at_least(1),
-        default=33,
-        help="side in pixels (default: 33)",
-    )
-    parser.add_argument(
-        "--stride",
-        type=int_at_least(1),
-        default=14,
-        help="between patches (default: 14)",
-    )
-    parser.add_argument(
-        "--eval",
-        action="store_true",
-        help="whole pictures, for --eval-file of train.py",
-    )
-    parser.add_argument(
-        "--num-channels",
-        type=int,
-        choices=(1, 3),
-        default=1,
-        help="1: luma (default), 3: RGB",
-    )
-    parser.add_argument(
-        "--shrink",
-        type=number(0, 1),
-        nargs="+",
-        default=[],
-        metavar="F",
-        help="cut patches from copies reduced by these factors, too",
-    )
-    parser.add_argument(
-        "--degradation",
-        choices=("matlab", "pillow"),
-        default="matlab",
-        help="the paper's bicubic in floating point (default), or the forks', Pillow's on 8-bit RGB",
-    )
-    parser.add_argument(
-        "--seed", type=int_at_least(0), default=0, help="of --synthetic (default: 0)"
-    )
+    source.add_argument("--images-dir", metavar="DIR", help="folder of pictures")
+    drawn = "draw N pictures instead"
+    source.add_argument("--synthetic", type=int_at_least(1), metavar="N", help=drawn)
+    fetched = "fetch T91, Set5 and Set14 to this folder"
+    source.add_argument("--download", type=Path, metavar="DIR", help=fetched)
+    add = parser.add_argument
+    add("--archive", metavar="FILE.zip", help="with --download: take them from here")
+    add("--output-path", metavar="FILE", help="the h5 file to write")
+    add("--scale", type=int_at_least(2), metavar="N", help="reduction to be undone")
+    add("--patch-size", type=int_at_least(1), default=33, help="(default: 33)")
+    add("--stride", type=int_at_least(1), default=14, help="(default: 14)")
+    add("--eval", action="store_true", help="whole pictures, to evaluate on")
+    add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma, 3: RGB")
+    copies = "cut up copies reduced by these factors, too"
+    add("--shrink", type=number(0, 1), nargs="+", default=[], metavar="F", help=copies)
+    how = "the paper's bicubic in floating point, or the forks' Pillow on 8-bit RGB"
+    add("--degradation", choices=("matlab", "pillow"), default="matlab", help=how)
+    add("--seed", type=int_at_least(0), default=0, help="of --synthetic (default: 0)")
     return parser
 
 

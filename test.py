@@ -87,7 +87,7 @@ def find_images(names: list[str]) -> Iterator[Path]:
             yield Path(name)
 
 
-# --- enlarge ------------------------------------------------------------------------
+# --- enlarge --------------------------------------------------------------------------
 
 
 def enlarge(
@@ -265,7 +265,7 @@ def check_format(path: Path, mode: str) -> dict:
     return dict(options)
 
 
-# --- evaluate -----------------------------------------------------------------------
+# --- evaluate -------------------------------------------------------------------------
 
 
 def evaluate_files(args: argparse.Namespace, model: nn.Module) -> None:
@@ -338,7 +338,7 @@ def save_comparison(
             image.save(partial)
 
 
-# --- command line -------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ FREE = "resume num_epochs minutes device num_workers stream outputs_dir save_eve
 FREE = {*FREE.split(), "tensorboard"}
 
 
-# --- optimizers -----------------------------------------------------------------------------------------------------
+# --- optimizers -----------------------------------------------------------------------
 
 
 class Muon(torch.optim.Optimizer):
@@ -120,7 +120,7 @@ def make_optimizers(
     return optimizers
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------
 
 
 class Training:
@@ -239,7 +239,7 @@ class StopRequest:
         self.signal = number
 
 
-# --- training -----------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------
 
 
 def train_one_epoch(
@@ -357,7 +357,7 @@ class Board:
         self.writer.flush()
 
 
-# --- processes and devices ----------------------------------------------------------
+# --- processes and devices ------------------------------------------------------------
 
 
 def is_main() -> bool:
@@ -373,7 +373,7 @@ def join_process_group(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-# --- command line -------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:

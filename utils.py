@@ -79,7 +79,7 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     return parse
 
 
-# --- colour ---------------------------------------------------------------------------------------------------------
+# --- colour ---------------------------------------------------------------------------
 
 # ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have 64.738 for 65.738 = 65.481 *
 # 256 / 255: a typo that darkens red.
@@ -118,7 +118,7 @@ def to_8bit(levels: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(levels + 0.5), 0, 255)
 
 
-# --- resampling -----------------------------------------------------------------------------------------------------
+# --- resampling -----------------------------------------------------------------------
 
 
 def resize(
@@ -175,7 +175,7 @@ def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
     return resize(resize(hr, (height // scale, width // scale)), (height, width))
 
 
-# --- metrics --------------------------------------------------------------------------------------------------------
+# --- metrics --------------------------------------------------------------------------
 
 
 def shave(planes: np.ndarray, border: int) -> np.ndarray:
@@ -222,7 +222,7 @@ def _gaussian(planes: np.ndarray) -> np.ndarray:
     )
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -354,7 +354,7 @@ def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
     return levels_of(open_image(path), num_channels)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------
 
 
 @contextmanager
