@@ -1,4 +1,4 @@
-"""h5 files of patches to batches on the training device, h5 files of pictures to arrays.
+"""h5 files of patches to batches on the training device, h5 pictures to arrays.
 
 Training files hold datasets `lr` and `hr`, float32, N x P x P (of RGB N x 3 x P x P) in
 0..255. Evaluation files hold groups `lr` and `hr` with datasets "0", "1", ... of H x W

@@ -1,11 +1,11 @@
-"""Train SRCNN on an h5 file of patches; the best weights on the evaluation file are kept.
+"""Train SRCNN on h5 files of patches; the best weights on the evaluation file are kept.
 
-    python train.py --train-file data/t91_x3.h5 --eval-file data/set5_x3.h5 --scale 3 --minutes 4 --optimizer muon
-    python train.py --train-file data/t91_x3.h5 --eval-file data/set5_x3.h5 --scale 3 --num-epochs 40
-    python train.py --resume outputs/x3/last.pth                      # goes on where a run was stopped
-    torchrun --standalone --nproc_per_node=2 train.py --train-file ...  # on several processes or GPUs
+python train.py --train-file t91_x3.h5 --eval-file set5_x3.h5 --scale 3 --minutes 10
+python train.py --resume outputs/x3/last.pth               # go on with a stopped run
+torchrun --standalone --nproc_per_node=2 train.py ...      # on several GPUs or processes
 
-Writes to outputs-dir/xS: best.pth (weights), last.pth (everything, for --resume), history.csv (a row per epoch).
+Writes to outputs-dir/xS: best.pth (weights), last.pth (everything, for --resume),
+history.csv (a row per epoch).
 """
 
 import argparse
@@ -56,10 +56,10 @@ FREE = {*FREE.split(), "tensorboard"}
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal: every direction of a layer's filters learns equally fast.
+    """Nesterov momentum, made orthogonal: all directions of a layer learn equally fast.
 
-    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024: Nesterov momentum, then
-    five Newton-Schulz steps on the filters as an out x (in * k * k) matrix.
+    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
+    2024, on the filters as an out x (in * k * k) matrix.
     """
 
     def __init__(self, params: object, lr: float, momentum: float = 0.95) -> None:
@@ -83,7 +83,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """U V^T of the singular value decomposition U S V^T, nearly: singular values come out between 0.7 and 1.2."""
+    """Nearly U V^T of the singular value decomposition U S V^T, by Newton-Schulz steps.
+
+    The singular values come out between 0.7 and 1.2.
+    """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
@@ -126,7 +129,8 @@ def make_optimizers(
 class Training:
     """All that a run holds and last.pth keeps.
 
-    Order and flips of the patches follow from the seed and the epoch's number, so no random state needs to be kept.
+    Order and flips of the patches follow from the seed and the epoch's number: there is
+    no random state to keep.
     """
 
     def __init__(
@@ -199,14 +203,12 @@ class Training:
         self.history = state["history"]
 
     def check_finite(self) -> None:
-        """Stop a run whose loss is not finite any more; best.pth keeps the weights of before."""
+        """Stop a run whose loss is not finite; best.pth keeps the weights of before."""
         if not self.loss_sum.isfinite():
             rate = self.optimizers[0].param_groups[0]["lr"]
             cure = "try a lower --lr, a longer --warmup or --init identity"
-            raise InputError(
-                f"--lr: the loss is not finite in epoch {self.epoch} at a learning rate of "
-                f"{rate:.2g}; {cure} (best.pth keeps the best weights so far)"
-            )
+            where = f"in epoch {self.epoch} at a learning rate of {rate:.2g}"
+            raise InputError(f"--lr: the loss is not finite {where}; {cure}")
 
     def save(self, folder: Path) -> None:
         """Write last.pth, from which --resume goes on."""
@@ -269,7 +271,7 @@ def train_one_epoch(
         loss = F.mse_loss(restored.float(), hr)
         for optimizer in training.optimizers:
             optimizer.zero_grad()
-        # The paper's loss, to which its rates for SGD belong, sums over a patch's pixels.
+        # The paper's loss, to which its rates for SGD belong, sums over the pixels.
         (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
         for optimizer in training.optimizers:
             optimizer.step()
@@ -293,14 +295,14 @@ def train_one_epoch(
 
 
 def agree(training: Training, stop: StopRequest) -> None:
-    """Give every rank the same clock and the same stop request, or one would wait for ever."""
+    """Give every rank the same clock and stop request, or one would wait for ever."""
     shared = torch.tensor([training.seconds, float(stop.signal)]).to(training.loss_sum)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     training.seconds, stop.signal = shared[0].item(), int(shared[1].item())
 
 
 def finish_epoch(training: Training, pairs: list, folder: Path) -> dict:
-    """Evaluate, keep the best weights, and write all files of an epoch (main rank only)."""
+    """Evaluate, keep the best weights, write the epoch's files (main rank only)."""
     started = time.perf_counter()
     score = evaluate_set(training.result, pairs, training.args.scale)
     rate = training.optimizers[0].param_groups[0]["lr"]
@@ -323,6 +325,11 @@ def evaluate_set(model: SRCNN, pairs: list, scale: int) -> float:
     return mean([evaluate(model, ilr, hr, scale)[1] for ilr, hr in pairs])
 
 
+def bicubic_psnr(ilr: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    """What the network has to beat, in dB."""
+    return psnr(shave(to_8bit(ilr), scale), shave(hr, scale))
+
+
 def write_history(path: Path, rows: list[dict]) -> None:
     """history.csv: a row per epoch, seconds counted from the start of training."""
     text = io.StringIO()
@@ -333,7 +340,7 @@ def write_history(path: Path, rows: list[dict]) -> None:
 
 
 class Board:
-    """TensorBoard, where it is wanted and installed: scalars and a picture per epoch."""
+    """TensorBoard, where wanted and installed: scalars and a picture per epoch."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -366,7 +373,7 @@ def is_main() -> bool:
 
 
 def join_process_group(device: torch.device) -> tuple[int, int]:
-    """(rank, world size); torchrun's environment variables say whether there are others."""
+    """(rank, world size), by torchrun's environment variables."""
     if "RANK" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -446,19 +453,18 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"{path}: no checkpoint of train.py, or damaged") from error
 
 
-def main(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    rank, world_size = join_process_group(device)
-    if args.batch_size % world_size:
-        raise InputError(
-            f"--batch-size: must be a multiple of the {world_size} processes"
-        )
+def load_data(
+    args: argparse.Namespace, device: torch.device, rank: int, world_size: int
+) -> tuple[Batches, list]:
+    """The batches to train on and the pairs to evaluate on, checked against each other."""
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(args.train_file, args.scale, halo)
     pairs = read_eval_pairs(args.eval_file, args.scale)
-    num_channels = patches.patch_shape[0]
-    if any((1 if hr.ndim == 2 else len(hr)) != num_channels for _, hr in pairs):
+    channels = patches.patch_shape[0]
+    if any((1 if hr.ndim == 2 else len(hr)) != channels for _, hr in pairs):
         raise InputError(f"{args.eval_file}: has other channels than --train-file")
+    if any(min(hr.shape[-2:]) <= 2 * args.scale for _, hr in pairs):
+        raise InputError(f"{args.eval_file}: holds a picture too small to measure")
     batches = Batches(
         patches,
         args.batch_size,
@@ -471,32 +477,38 @@ def main(args: argparse.Namespace) -> int:
         rank=rank,
         world_size=world_size,
     )
-    training = Training(args, num_channels, device)
+    return batches, pairs
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    rank, world_size = join_process_group(device)
+    if args.batch_size % world_size:
+        raise InputError(
+            f"--batch-size: must be a multiple of the {world_size} processes"
+        )
+    batches, pairs = load_data(args, device, rank, world_size)
+    training = Training(args, batches.patches.patch_shape[0], device)
     folder = Path(args.outputs_dir, f"x{args.scale}")
-    board = Board(folder) if args.tensorboard and is_main() else None
-    bicubic = mean(
-        [psnr(*(shave(to_8bit(x), args.scale) for x in pair)) for pair in pairs]
-    )
-    say = print if is_main() else lambda *args, **kwargs: None
+    board = Board(folder) if args.tensorboard and rank == 0 else None
+    say = print if rank == 0 else lambda *args, **kwargs: None
     if args.resume:
         training.load_state_dict(load_checkpoint(Path(args.resume)))
         say(f"{args.resume}: going on in epoch {training.epoch}, step {training.step}")
-    elif is_main():
+    elif rank == 0:
         write_whole(folder / "best.pth", weights_of(training.result))
         training.save(folder)
+    bicubic = mean([bicubic_psnr(*pair, args.scale) for pair in pairs])
     where = "streamed" if batches.stream else f"on {device}"
-    say(
-        f"{len(patches)} patches {where}; bicubic has {bicubic:.2f} dB on {args.eval_file}"
-    )
+    say(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB")
 
     stop = StopRequest()
     network = training.model
     if world_size > 1:
         network = DistributedDataParallel(network)
     while training.progress(len(batches)) < 1:
-        done = train_one_epoch(training, network, batches, stop)
-        if not done:
-            if is_main():
+        if not train_one_epoch(training, network, batches, stop):
+            if rank == 0:
                 training.save(folder)
             say(f"stopped; go on with: python train.py --resume {folder / 'last.pth'}")
             return 128 + stop.signal
@@ -504,18 +516,16 @@ def main(args: argparse.Namespace) -> int:
             dist.all_reduce(training.loss_sum)
             training.loss_sum /= world_size
         training.check_finite()
-        if is_main():
+        if rank == 0:
             row = finish_epoch(training, pairs, folder)
+            text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
+            text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
+            print(text.format(**row), flush=True)
             if board:
                 board.add(training, pairs[0], row)
-            say(
-                f"epoch {row['epoch']}  loss {row['loss']:.6f}  PSNR {row['psnr']:.3f} dB"
-                f"  learning rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s",
-                flush=True,
-            )
         training.epoch, training.step = training.epoch + 1, 0
         training.loss_sum.zero_()
-        if is_main():
+        if rank == 0:
             training.save(folder)
     say(f"{folder / 'best.pth'}: {training.best:.3f} dB, bicubic {bicubic:.2f} dB")
     if world_size > 1:

@@ -1,6 +1,7 @@
-"""Colour, resampling, metrics, reading pictures, and files that appear whole or not at all.
+"""Colour, resampling, metrics, pictures, and files that appear whole or not at all.
 
-Pictures are float32 planes, C x H x W or H x W, in grey levels 0..255, unless a docstring says otherwise.
+Pictures are float32 planes, C x H x W or H x W, in grey levels 0..255, unless a
+docstring says otherwise.
 """
 
 import argparse
@@ -18,11 +19,11 @@ from PIL import Image, ImageOps
 
 
 class InputError(Exception):
-    """What the user gave cannot be used; the message names the file or flag and the cure, in one line."""
+    """Unusable input; the message names the file or flag and the cure, in one line."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but an error is one line on stderr without the usage above it (exit status 2, as ever)."""
+    """argparse, but an error is one line on stderr, without the usage above it."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -81,8 +82,8 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
 
 # --- colour ---------------------------------------------------------------------------
 
-# ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have 64.738 for 65.738 = 65.481 *
-# 256 / 255: a typo that darkens red.
+# ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have
+# 64.738 / 256 for the first weight, 65.738 / 256 = 65.481 / 255: a typo that darkens red.
 BT601 = (
     np.array(
         [
@@ -98,7 +99,7 @@ BT601_OFFSET = np.array([16.0, 128.0, 128.0])
 
 
 def rgb_to_ycbcr(rgb: np.ndarray) -> np.ndarray:
-    """3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded; keeps float32 or float64."""
+    """3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded."""
     dtype = np.result_type(rgb.dtype, np.float32)
     return (
         np.tensordot(BT601.astype(dtype), rgb, axes=1)
@@ -114,7 +115,7 @@ def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
 
 
 def to_8bit(levels: np.ndarray) -> np.ndarray:
-    """Round half up, as MATLAB does, and clip to 0..255; the values stay floating point."""
+    """Round half up, as MATLAB does, and clip to 0..255; stays floating point."""
     return np.clip(np.floor(levels + 0.5), 0, 255)
 
 
@@ -124,15 +125,16 @@ def to_8bit(levels: np.ndarray) -> np.ndarray:
 def resize(
     planes: np.ndarray, size: tuple[int, int], round_each_axis: bool = False
 ) -> np.ndarray:
-    """MATLAB's imresize(..., 'bicubic'): cubic kernel a = -0.5, antialiased when shrinking, edge pixels repeated.
+    """MATLAB's imresize(..., 'bicubic'): a = -0.5, antialiased, edge pixels repeated.
 
-    Pillow does the work on float32; the border that it would treat in another way is padded first. Rows are resized
-    before columns. Agrees with the float64 formula within 1e-3 grey levels, with MATLAB's 8-bit images bit for bit.
+    Pillow does the work on float32; the border, which it would treat in another way, is
+    padded first. Rows are resized before columns. Agrees with the float64 formula within
+    1e-3 grey levels, with MATLAB's 8-bit images bit for bit.
 
     Args:
         planes: H x W or C x H x W, any units.
         size: (height, width), each side a multiple or a divisor of the present one.
-        round_each_axis: round and clip to 0..255 after each axis, as MATLAB does with 8-bit images.
+        round_each_axis: round and clip after each axis, as MATLAB does in 8 bits.
 
     Raises:
         ValueError: a side that is neither multiple nor divisor.
@@ -154,7 +156,7 @@ def _resize_rows(plane: np.ndarray, length: int) -> np.ndarray:
         raise ValueError(
             f"cannot resize {old} rows to {length}: neither multiple nor divisor"
         )
-    # The kernel reaches two output pixels far when shrinking by s, two input pixels far when enlarging.
+    # The kernel reaches two output pixels far when shrinking, else two input pixels.
     source, target = (2 * old // length, 2) if old > length else (2, 2 * length // old)
     padded = np.pad(plane, ((source, source), (0, 0)), mode="edge")
     resized = Image.fromarray(padded).resize(
@@ -164,13 +166,13 @@ def _resize_rows(plane: np.ndarray, length: int) -> np.ndarray:
 
 
 def crop_to_multiple(planes: np.ndarray, scale: int) -> np.ndarray:
-    """Cut rows off the bottom and columns off the right so that both sides divide by `scale` (protocol step 2)."""
+    """Cut bottom and right so that both sides divide by `scale` (protocol step 2)."""
     height, width = planes.shape[-2:]
     return planes[..., : height - height % scale, : width - width % scale]
 
 
 def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
-    """ILR of a cropped HR picture: bicubic down and up again in floating point (protocol step 3)."""
+    """ILR of a cropped picture: bicubic down and up, not rounded (protocol step 3)."""
     height, width = hr.shape[-2:]
     return resize(resize(hr, (height // scale, width // scale)), (height, width))
 
@@ -184,15 +186,15 @@ def shave(planes: np.ndarray, border: int) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(peak^2 / MSE); infinite for equal pictures."""
+    """Peak signal-to-noise ratio in dB, 10 log10(peak^2 / MSE), or infinity."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
 def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
-    """Structural similarity (Wang et al. 2004), mean over the positions where the window fits, and over planes.
+    """Structural similarity (Wang et al. 2004), mean where the window fits.
 
-    11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, as in the authors' MATLAB code.
+    11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03.
 
     Raises:
         ValueError: a side shorter than the window's 11 pixels.
@@ -211,7 +213,7 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
 
 
 def _gaussian(planes: np.ndarray) -> np.ndarray:
-    """11 x 11 Gaussian mean of sigma 1.5 where the window fits, one axis after the other."""
+    """11 x 11 Gaussian mean of sigma 1.5 where the window fits."""
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window /= window.sum()
     rows = sum(
@@ -245,9 +247,7 @@ def list_images(folder: str | Path) -> list[Path]:
         if p.suffix.lower() in readable and not p.name.startswith(".")
     )
     if not paths:
-        raise InputError(
-            f"{folder}: no image in this folder; name one that holds .png, .jpg, .bmp, ... files"
-        )
+        raise InputError(f"{folder}: no image in it; name a folder of .png, .jpg, ...")
     return paths
 
 
@@ -359,7 +359,7 @@ def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path to write to, beside `path` and renamed to it at the end: the file appears whole or not at all.
+    """A path to write to, renamed to `path` at the end: a file appears whole or not.
 
     Raises:
         InputError: the folder or the file cannot be written, or the disk is full.

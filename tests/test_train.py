@@ -201,6 +201,44 @@ def test_bfloat16_trains_too(call, base, tmp_path):
     assert weights(tmp_path / "out/x3/best.pth")["conv1.weight"].dtype == torch.float32
 
 
+def resident_bytes(pid: int) -> int:
+    """Memory of a process and its workers, pages that they share counted once."""
+    total, children = 0, Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total = next(
+            int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:")
+        )
+        total = 1024 * total + sum(
+            map(resident_bytes, map(int, children.read_text().split()))
+        )
+    except (OSError, StopIteration):
+        pass  # it has just ended
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+def test_a_file_of_six_gigabytes_trains_in_bounded_memory(h5_files, tmp_path):
+    path = (
+        tmp_path / "large.h5"
+    )  # sparse: what is not written takes no disk and reads 0
+    count = 6_000_000_000 // (2 * 4 * 33 * 33)
+    with h5py.File(path, "w") as file:
+        for name in ("lr", "hr"):
+            file.create_dataset(name, (count, 33, 33), "float32", chunks=(15, 33, 33))
+    argv = ["--train-file", path, "--eval-file", h5_files[1], *SMALL, "--stream"]
+    argv += ["--outputs-dir", tmp_path, "--minutes", 0.05, "--num-workers", 2]
+    process = start(ROOT / "train.py", *argv)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, resident_bytes(process.pid))
+        time.sleep(0.02)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"{count} patches streamed" in out
+    assert 0.1e9 < peak < 1.5e9
+
+
 # --- resuming -----------------------------------------------------------------------
 
 
