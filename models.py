@@ -185,7 +185,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Cut height x width pixels into equal (top, bottom, left, right), `side` at most."""
+    """Equal rectangles (top, bottom, left, right) of `side` pixels at most."""
 
     def cuts(length: int) -> list[int]:
         count = math.ceil(length / side)
@@ -240,13 +240,12 @@ def for_each_tile(
     threads = 1 if parameter.device.type != "cpu" else torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with pool:
-            for done in as_completed([pool.submit(function, *job) for job in jobs]):
-                done.result()
-                bar.update()
+        for done in as_completed([pool.submit(function, *job) for job in jobs]):
+            done.result()
+            bar.update()
     finally:
-        bar.close()
         pool.shutdown(cancel_futures=True)
+        bar.close()
         torch.set_num_threads(threads)  # parts of what the pool set hold for all
 
 

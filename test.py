@@ -6,7 +6,6 @@ python test.py --eval --image-file data/Set5 --scale 3 # PSNR and SSIM, the pape
 """
 
 import argparse
-import csv
 import io
 import re
 import sys
@@ -47,7 +46,7 @@ from utils import (
     shave,
     ssim,
     to_8bit,
-    write_whole,
+    write_csv,
     ycbcr_to_rgb,
 )
 
@@ -196,6 +195,8 @@ def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def enlarge_files(args: argparse.Namespace, model: nn.Module) -> int:
     """Enlarge every input; a bad one among several is reported and the others done."""
     paths = list(find_images(args.image_file))
+    if not paths:
+        raise InputError(f"{args.image_file[0]}: holds only pictures made by test.py")
     several = len(paths) > 1 or Path(args.image_file[0]).is_dir()
     taken = {path.resolve() for path in paths}
     failed = False
@@ -221,18 +222,21 @@ def enlarge_file(
         planes = decode(image)
         target = output_path(path, args, several, planes.mode)
         if target.resolve() in taken:
-            raise InputError("would be overwritten; name another --output")
+            raise InputError(f"would overwrite {target}; name another --output")
         options = check_format(target, planes.mode)
         enlarged = enlarge(planes, model, args.scale, args.tile)
     except InputError as error:
         raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}")
     taken.add(target.resolve())
     kept = {"dpi": image.info.get("dpi")}
-    if planes.mode[0] == image.mode[0]:  # a profile for CMYK would discolour RGB
+    if image.mode not in ("CMYK", "LAB"):  # their profiles would discolour RGB
         kept["icc_profile"] = image.info.get("icc_profile")
     options |= {name: value for name, value in kept.items() if value}
     with atomic_path(target) as partial:
-        enlarged.save(partial, **options)
+        try:
+            enlarged.save(partial, **options)
+        except ValueError as error:  # larger than the format allows
+            raise InputError(f"{target}: {error}; use .png") from error
     return target
 
 
@@ -281,11 +285,7 @@ def evaluate_files(args: argparse.Namespace, model: nn.Module) -> None:
             f"{row['srcnn_ssim']:.4f}"
         )
     if args.csv:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(args.csv, text.getvalue().encode())
+        write_csv(args.csv, COLUMNS, rows)
 
 
 def evaluate_file(path: Path, args: argparse.Namespace, model: nn.Module) -> dict:

@@ -9,7 +9,6 @@ history.csv (a row per epoch).
 """
 
 import argparse
-import csv
 import io
 import math
 import os
@@ -38,6 +37,7 @@ from utils import (
     run,
     shave,
     to_8bit,
+    write_csv,
     write_whole,
 )
 
@@ -316,7 +316,7 @@ def finish_epoch(training: Training, pairs: list, folder: Path) -> dict:
     if training.args.save_every and training.epoch % training.args.save_every == 0:
         name = f"epoch_{training.epoch}.pth"
         write_whole(folder / name, weights_of(training.result))
-    write_history(folder / "history.csv", training.history)
+    write_csv(folder / "history.csv", COLUMNS, training.history)
     return row
 
 
@@ -328,15 +328,6 @@ def evaluate_set(model: SRCNN, pairs: list, scale: int) -> float:
 def bicubic_psnr(ilr: np.ndarray, hr: np.ndarray, scale: int) -> float:
     """What the network has to beat, in dB."""
     return psnr(shave(to_8bit(ilr), scale), shave(hr, scale))
-
-
-def write_history(path: Path, rows: list[dict]) -> None:
-    """history.csv: a row per epoch, seconds counted from the start of training."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
 
 
 class Board:

@@ -5,6 +5,8 @@ docstring says otherwise.
 """
 
 import argparse
+import csv
+import io
 import math
 import os
 import sys
@@ -391,6 +393,15 @@ def write_whole(path: str | Path, content: bytes) -> None:
     """Write bytes to a file that appears whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
+
+
+def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> None:
+    """Write rows of these columns, below a line that names them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def mean(values: Sequence[float]) -> float:

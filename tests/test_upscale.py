@@ -252,7 +252,7 @@ def test_no_input_is_overwritten(call, low, tmp_path):
     assert refused(call("test", "--image-file", low, "--output", low), str(low))
     (tmp_path / "link.png").symlink_to(low)
     result = call("test", "--image-file", low, "--output", tmp_path / "link.png")
-    assert refused(result, "overwritten")
+    assert refused(result, "would overwrite")
     (tmp_path / "link.png").unlink()
     assert tree(tmp_path) == before
 
@@ -261,7 +261,7 @@ def test_two_inputs_of_one_name_do_not_overwrite_each_other(call, low, tmp_path)
     twins = tmp_path / "low.v1.bmp"
     Image.open(low).save(twins)
     result = call("test", "--image-file", low, twins, "--scale", 2)
-    assert refused(result, str(twins), "overwritten")
+    assert refused(result, str(twins), "would overwrite")
 
 
 # --- bad input ----------------------------------------------------------------------
