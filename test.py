@@ -53,7 +53,8 @@ from utils import (
 ROOT = Path(__file__).resolve().parent
 METRICS = ("bicubic_psnr", "bicubic_ssim", "srcnn_psnr", "srcnn_ssim")
 COLUMNS = ("image", "scale", *METRICS)
-SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}}  # 0: 4:4:4
+# JPEG without subsampling (4:4:4); PNG a tenth larger than usual, in a third of the time.
+SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 3}}
 REACH = 2  # low-resolution pixels that bicubic interpolation looks to each side
 
 
