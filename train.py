@@ -102,21 +102,18 @@ def make_optimizers(
     *hidden, last = model.layers
     if name == "muon":
         rest = [layer.bias for layer in hidden] + list(last.parameters())
-        groups = [{"params": rest, "lr": rate * ADAM_IN_MUON}]
-        optimizers = [
-            Muon([layer.weight for layer in hidden], rate),
-            torch.optim.Adam(groups),
-        ]
+        muon = Muon([layer.weight for layer in hidden], rate)
+        optimizers = [muon, torch.optim.Adam(rest, rate * ADAM_IN_MUON)]
     else:
+        first = [p for layer in hidden for p in layer.parameters()]
         groups = [
-            {"params": [p for layer in hidden for p in layer.parameters()], "lr": rate},
-            {"params": list(last.parameters()), "lr": rate * LAST_LAYER},
+            {"params": first},
+            {"params": last.parameters(), "lr": rate * LAST_LAYER},
         ]
-        optimizers = [
-            torch.optim.Adam(groups)
-            if name == "adam"
-            else torch.optim.SGD(groups, momentum=0.9)
-        ]
+        if name == "adam":
+            optimizers = [torch.optim.Adam(groups, rate)]
+        else:
+            optimizers = [torch.optim.SGD(groups, rate, momentum=0.9)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -143,19 +140,14 @@ class Training:
         except ValueError as error:
             raise InputError(f"--kernel-sizes, --filters: {error}") from error
         self.model = model.to(device, memory_format=torch.channels_last)
-        self.average = (
-            AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-            if args.ema
-            else None
-        )
-        self.optimizers = make_optimizers(
-            self.model, args.optimizer, args.lr or LEARNING_RATES[args.optimizer]
-        )
-        self.epoch, self.step, self.steps = (
-            1,
-            0,
-            0,
-        )  # the epoch under way, its steps done, all steps done
+        self.average = None
+        if args.ema:
+            blend = get_ema_multi_avg_fn(args.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=blend)
+        rate = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+        self.optimizers = make_optimizers(self.model, args.optimizer, rate)
+        self.epoch, self.step = 1, 0  # the epoch under way and its steps done
+        self.steps = 0  # all steps done
         self.loss_sum = torch.zeros((), device=device)  # of this epoch
         self.best = -math.inf
         self.seconds = 0.0  # of training, evaluation included
@@ -170,7 +162,8 @@ class Training:
         """How much of the planned training is done, 0..1."""
         if self.args.minutes:
             return min(1.0, self.seconds / (60 * self.args.minutes))
-        return min(1.0, self.steps / (self.args.num_epochs * steps_per_epoch))
+        epochs = self.args.num_epochs or NUM_EPOCHS
+        return min(1.0, self.steps / (epochs * steps_per_epoch))
 
     def set_learning_rate(self, progress: float) -> None:
         """Linear warm-up, then constant or half a cosine down to zero."""

@@ -157,6 +157,13 @@ def test_minutes_plan_the_schedule_over_the_time(call, base, tmp_path):
     assert float(last["learning_rate"]) < 1e-4
 
 
+def test_without_a_length_a_run_is_planned_for_400_epochs(call, base):
+    args = train.parse_args([str(x) for x in base[: base.index("--num-epochs")]])
+    training = train.Training(args, 1, torch.device("cpu"))
+    training.steps = 4 * 100
+    assert training.progress(steps_per_epoch=4) == 0.25
+
+
 def test_the_last_layer_learns_at_a_tenth_by_the_papers_rule():
     torch.manual_seed(0)
     model = SRCNN(filters=(4, 4), kernel_sizes=(3, 3, 3), init="default").double()
