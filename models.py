@@ -130,7 +130,8 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; make one with train.py")
     try:
-        with warnings.catch_warnings(action="ignore"):  # an error will say it in a line
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error will say it in one line
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, it holds more than weights") from error

@@ -490,7 +490,7 @@ def main(args: argparse.Namespace) -> int:
     network = training.model
     if world_size > 1:
         network = DistributedDataParallel(network)
-    while training.progress(len(batches)) < 1:
+    while training.step or training.progress(len(batches)) < 1:
         if not train_one_epoch(training, network, batches, stop):
             if rank == 0:
                 training.save(folder)
@@ -511,6 +511,8 @@ def main(args: argparse.Namespace) -> int:
         training.loss_sum.zero_()
         if rank == 0:
             training.save(folder)
+        if world_size > 1:
+            agree(training, stop)
     say(f"{folder / 'best.pth'}: {training.best:.3f} dB, bicubic {bicubic:.2f} dB")
     if world_size > 1:
         dist.destroy_process_group()

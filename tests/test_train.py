@@ -263,6 +263,27 @@ def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
     assert tree(last.parent) == before
 
 
+def test_a_stop_at_the_very_last_step_still_ends_with_an_evaluation(
+    call, base, tmp_path, monkeypatch
+):
+    call("train", *base, "--outputs-dir", tmp_path / "whole")
+    steps = []
+
+    def tick(self: train.Training, progress: float) -> None:
+        steps.append(progress)
+        if len(steps) == 12:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        plain = train.Training.set_learning_rate
+        both = lambda self, p: (tick(self, p), plain(self, p))
+        patch.setattr(train.Training, "set_learning_rate", both)
+        assert call("train", *base).status == 143
+    last = tmp_path / "out/x3/last.pth"
+    assert call("train", "--resume", last).status == 0
+    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+
+
 def test_resume_without_a_value_takes_the_file_in_outputs_dir(call, base, tmp_path):
     call("train", *base)
     result = call(
@@ -466,6 +487,14 @@ def test_a_killed_worker_ends_the_job_and_a_resume_goes_on(base, tmp_path):
     result = spawn(*TORCHRUN, ROOT / "train.py", *argv, env=ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert len(history(last.parent)) == done + 1
+
+
+def test_two_processes_agree_on_when_the_time_is_up(base, tmp_path):
+    at = base.index("--num-epochs")
+    argv = [*base[:at], "--minutes", 0.03]
+    result = spawn(*TORCHRUN, ROOT / "train.py", *argv, env=ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    assert float(history(tmp_path / "out/x3")[-1]["seconds"]) >= 1.8
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(base, tmp_path):
