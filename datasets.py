@@ -20,6 +20,7 @@ from utils import InputError
 CPU_SHARE, CUDA_SHARE = 1 / 8, 1 / 2  # of the free memory that patches may fill
 BLOCK = 64 << 20  # bytes read at once where a whole file is gone through
 CURE = "make it anew with prepare.py"
+Pair = tuple[torch.Tensor, torch.Tensor]  # (lr, hr)
 
 
 def open_h5(path: str | Path) -> h5py.File:
@@ -135,7 +136,7 @@ class H5Patches(Dataset):
             "files": None,
         }  # an open h5 file does not survive the way to another process
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitems__(self, indices: Sequence[int]) -> Pair:
         """(lr, hr) of these patches, in this order, each len(indices) x C x P x P."""
         self.files = self.files or [open_h5(path) for path in self.paths]
         indices = np.asarray(indices)
@@ -160,7 +161,7 @@ class H5Patches(Dataset):
 
 def _as_read(
     pair: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     return pair  # a batch already; a lambda could not travel to a spawned worker
 
 
@@ -228,13 +229,10 @@ class Batches:
         """Batches in an epoch; what does not fill a last one is left out of it."""
         return len(self.patches) // self.batch_size
 
-    def _load(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self) -> Pair:
         """Read everything, block by block, to the device."""
         shape = len(self.patches), *self.patches.patch_shape
-        resident = (
-            torch.empty(shape, device=self.device),
-            torch.empty(shape, device=self.device),
-        )
+        resident = tuple(torch.empty(shape, device=self.device) for _ in range(2))
         step = max(1, BLOCK // (4 * math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             rows = range(start, min(start + step, shape[0]))
@@ -242,30 +240,24 @@ class Batches:
                 whole[rows.start : rows.stop] = block
         return resident
 
-    def epoch(
-        self, number: int, first: int = 0
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, number: int, first: int = 0) -> Iterator[Pair]:
         """This rank's batches of an epoch, from the `first` on.
 
         Yields:
             (lr, hr), n x C x P x P in 0..1, `hr` cropped.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        used = len(self) * self.batch_size
-        order = torch.randperm(len(self.patches), generator=generator)[:used].view(
-            len(self), -1
-        )[first:, self.part]
-        ways = torch.randint(8, (len(self), self.batch_size), generator=generator)[
-            first:, self.part
-        ].to(self.device)
+        shape = len(self), self.batch_size
+        order = torch.randperm(len(self.patches), generator=generator)
+        order = order[: math.prod(shape)].view(shape)[first:, self.part]
+        ways = torch.randint(8, shape, generator=generator)[first:, self.part]
+        ways = ways.to(self.device)
         if not self.augment:
             ways = torch.zeros_like(ways)
         for (lr, hr), way in zip(self._gather(order), ways):
             yield self._finish(lr, way, 0), self._finish(hr, way, self.crop)
 
-    def _gather(
-        self, order: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _gather(self, order: torch.Tensor) -> Iterator[Pair]:
         if self.resident:
             for rows in order.to(self.device):
                 yield self.resident[0][rows], self.resident[1][rows]
@@ -277,11 +269,8 @@ class Batches:
             collate_fn=_as_read,
             pin_memory=self.device.type == "cuda",
         )
-        for lr, hr in loader:
-            yield (
-                lr.to(self.device, non_blocking=True),
-                hr.to(self.device, non_blocking=True),
-            )
+        for pair in loader:
+            yield tuple(half.to(self.device, non_blocking=True) for half in pair)
 
     def _finish(
         self, batch: torch.Tensor, way: torch.Tensor, crop: int
@@ -289,9 +278,8 @@ class Batches:
         """Turn and flip each patch its own way, crop, and bring to 0..1."""
         if self.augment:
             flat = batch.flatten(2)
-            batch = flat.gather(2, self.table[way][:, None].expand_as(flat)).view_as(
-                batch
-            )
+            source = self.table[way][:, None].expand_as(flat)
+            batch = flat.gather(2, source).view_as(batch)
         side = batch.shape[-1] - crop
         batch = batch[..., crop:side, crop:side] / 255
         return batch.contiguous(memory_format=torch.channels_last)

@@ -316,15 +316,14 @@ def save_comparison(
 ) -> None:
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
     pictures = [hr, to_8bit(ilr), restored]
-    if hr.ndim == 2:  # the colour comes from bicubic
-        rgb = crop_to_multiple(read_levels(path, 3), args.scale)
+    rgb = crop_to_multiple(read_levels(path, 3), args.scale)
+    if hr.ndim == 2 and np.ptp(rgb, axis=0).any():  # colour comes from bicubic
         chroma = rgb_to_ycbcr(rgb)[1:]
         chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
-        pictures = [
-            ycbcr_to_rgb(np.concatenate([y[None], c])) for y, c in zip(pictures, chroma)
-        ]
-    pictures = [to_8bit(picture).astype(np.uint8) for picture in pictures]
-    images = [Image.fromarray(np.moveaxis(p, 0, 2).copy()) for p in pictures]
+        pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]
+        pictures = [to_8bit(ycbcr_to_rgb(picture)) for picture in pictures]
+    pictures = [np.atleast_3d(p.T).swapaxes(0, 1).astype(np.uint8) for p in pictures]
+    images = [Image.fromarray(p.squeeze()).convert("RGB") for p in pictures]
     labels = ["original"]
     labels += [f"{m} {row[m.lower() + '_psnr']:.2f} dB" for m in ("bicubic", "SRCNN")]
     width, height = images[0].size
@@ -354,9 +353,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--csv", metavar="FILE", help="with --eval: write the scores")
     add("--save-images", metavar="DIR", help="with --eval: write the pictures")
     add("--self-ensemble", action="store_true", help="mean of 8 flips; 8 times slower")
-    add(
-        "--tile", type=int_at_least(1), help="output pixels a side (default: by device)"
-    )
+    add("--tile", type=int_at_least(1), help="output pixels a side")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--half", action="store_true", help="half precision, on CUDA")
     limit = Image.MAX_IMAGE_PIXELS

@@ -444,6 +444,8 @@ def load_data(
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(args.train_file, args.scale, halo)
     pairs = read_eval_pairs(args.eval_file, args.scale)
+    if len(patches) < world_size:
+        raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
     channels = patches.patch_shape[0]
     if any((1 if hr.ndim == 2 else len(hr)) != channels for _, hr in pairs):
         raise InputError(f"{args.eval_file}: has other channels than --train-file")

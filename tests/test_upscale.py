@@ -435,7 +435,21 @@ def test_a_folder_gives_a_row_for_each_image_and_the_mean(call, low, tmp_path, w
     ]
     assert sorted(tree(images)) == names
     assert Image.open(images / "a_srcnn_x2.png").size == (90, 120)
-    assert Image.open(images / "a_comparison_x2.png").size[0] == 270
+    strip = np.asarray(Image.open(images / "a_comparison_x2.png")).astype(int)
+    assert strip.shape[1] == 270
+    assert np.abs(strip[-120:, :90] - pixels(low)).max() <= 1  # the original
+    bicubic = pixels(images / "a_bicubic_x2.png")
+    assert np.array_equal(strip[-120:, 90:180], bicubic)
+    assert 0.5 < np.abs(bicubic - pixels(low)).mean() < 12
+
+
+def test_comparisons_of_grey_pictures_are_grey(call, low, tmp_path, weights):
+    grey = np.asarray(Image.open(low).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    argv = ["--eval", "--image-file", tmp_path / "grey.png", "--weights-file", weights]
+    assert call("test", *argv, "--save-images", tmp_path / "out").status == 0
+    strip = np.asarray(Image.open(tmp_path / "out" / "grey_comparison_x3.png"))
+    assert np.array_equal(strip[-120:, :90], np.dstack([grey] * 3))
 
 
 def test_a_picture_too_small_to_measure_is_refused(call, tmp_path):
