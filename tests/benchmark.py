@@ -79,6 +79,7 @@ class TheirDataset(Dataset):
 
 def their_loop(path: Path, device: torch.device, seconds: float) -> float:
     """Patches a second of the textbook loop that the forks use."""
+    warnings.simplefilter("ignore")  # of more workers than cores, and no pinned memory
     layers = [nn.Conv2d(1, 64, 9, padding=4), nn.Conv2d(64, 32, 5, padding=2)]
     last = nn.Conv2d(32, 1, 5, padding=2)
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), last).to(device)
@@ -86,7 +87,6 @@ def their_loop(path: Path, device: torch.device, seconds: float) -> float:
     loader = DataLoader(
         TheirDataset(path), 16, shuffle=True, num_workers=8, pin_memory=True
     )
-    warnings.simplefilter("ignore")  # of more workers than cores
     start, patches = time.perf_counter(), 0
     while True:
         for lr, hr in loader:
