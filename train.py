@@ -48,8 +48,8 @@ NUM_EPOCHS = 400
 CHECK_EVERY = 20  # steps between looks at the loss, and between the ranks' agreements
 COLUMNS = ("epoch", "loss", "psnr", "learning_rate", "seconds")
 # A resumed run may change where it runs, how long, and what it writes beside weights.
-FREE = "resume num_epochs minutes device num_workers stream outputs_dir save_every"
-FREE = {*FREE.split(), "tensorboard"}
+FREE = {"resume", "num_epochs", "minutes", "device", "num_workers", "stream"}
+FREE |= {"outputs_dir", "save_every", "tensorboard"}
 
 
 # --- optimizers -----------------------------------------------------------------------

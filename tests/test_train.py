@@ -297,7 +297,6 @@ def test_contradictions_to_the_checkpoint_are_named(call, base, tmp_path):
     call("train", *base)
     before = tree(tmp_path / "out")
     for flag, value in ("--lr", 0.5), ("--batch-size", 4), ("--seed", 9), ("--ema", 0):
-        result = call("train", *base, "--resume", "--", flag, value)
         result = call("train", *base, flag, value, "--resume")
         assert refused(result, flag, "was trained with")
     assert tree(tmp_path / "out") == before
