@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, psnr, shave, to_8bit
+from utils import InputError, shaved_psnr, to_8bit
 
 TILE = 192  # output pixels a side: on a CPU the activations then stay in the cache
 CUDA_TILE = 1024  # fills a GPU with 0.6 GB of activations
@@ -106,9 +106,8 @@ class SRCNN(nn.Module):
         channels = self.num_channels
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.dirac_(
-                layer.weight[:channels]
-            )  # the first filters hand the picture through
+            # The first filters hand the picture through.
+            nn.init.dirac_(layer.weight[:channels])
         # Tiny, not zero: the other filters then learn from the first step on.
         nn.init.normal_(self.layers[-1].weight, std=1e-5)
         nn.init.dirac_(self.layers[-1].weight[:, :channels])
@@ -151,9 +150,8 @@ def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
         isinstance(value, torch.Tensor) for value in state.values()
     ):
         raise InputError(f"{path}: no SRCNN weights; {EXPECTED}")
-    state = {
-        re.sub(r"^module\.", "", str(key)): value for key, value in state.items()
-    }  # saved from DataParallel
+    # Weights saved from DataParallel carry a prefix.
+    state = {re.sub(r"^module\.", "", str(key)): w for key, w in state.items()}
     try:
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
         model = SRCNN(
@@ -238,8 +236,9 @@ def for_each_tile(
     parameter = next(model.parameters())
     jobs = tiles(height, width, tile or (CUDA_TILE if parameter.is_cuda else TILE))
     bar = tqdm(total=len(jobs), desc="tiles", delay=1, leave=False, disable=None)
-    threads = 1 if parameter.device.type != "cpu" else torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    threads = torch.get_num_threads()
+    workers = threads if parameter.device.type == "cpu" else 1
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         for done in as_completed([pool.submit(function, *job) for job in jobs]):
             done.result()
@@ -330,4 +329,4 @@ def evaluate(
         The restored picture, rounded and clipped, and its PSNR in dB.
     """
     restored = to_8bit(restore(model, ilr, tile))
-    return restored, psnr(shave(restored, scale), shave(hr, scale))
+    return restored, shaved_psnr(restored, hr, scale)

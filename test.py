@@ -38,12 +38,12 @@ from utils import (
     mean,
     open_image,
     parser_for,
-    psnr,
     read_levels,
     resize,
     rgb_to_ycbcr,
     run,
     shave,
+    shaved_psnr,
     ssim,
     to_8bit,
     write_csv,
@@ -297,9 +297,9 @@ def evaluate_file(path: Path, args: argparse.Namespace, model: nn.Module) -> dic
         raise InputError(f"{path}: too small to measure; needs {11 + 2 * scale} pixels")
     ilr = degrade(hr, scale)
     restored, srcnn_psnr = evaluate(model, ilr, hr, scale, args.tile)
-    bicubic, truth = shave(to_8bit(ilr), scale), shave(hr, scale)
-    bicubic_scores = psnr(bicubic, truth), ssim(bicubic, truth)
-    scores = *bicubic_scores, srcnn_psnr, ssim(shave(restored, scale), truth)
+    pictures, truth = (to_8bit(ilr), restored), shave(hr, scale)
+    bicubic_ssim, srcnn_ssim = (ssim(shave(p, scale), truth) for p in pictures)
+    scores = shaved_psnr(ilr, hr, scale), bicubic_ssim, srcnn_psnr, srcnn_ssim
     row = dict(zip(COLUMNS, (path.name, scale, *scores)))
     if args.save_images:
         save_comparison(path, args, hr, ilr, restored, row)

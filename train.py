@@ -33,9 +33,8 @@ from utils import (
     mean,
     number,
     parser_for,
-    psnr,
     run,
-    shave,
+    shaved_psnr,
     to_8bit,
     write_csv,
     write_whole,
@@ -318,11 +317,6 @@ def evaluate_set(model: SRCNN, pairs: list, scale: int) -> float:
     return mean([evaluate(model, ilr, hr, scale)[1] for ilr, hr in pairs])
 
 
-def bicubic_psnr(ilr: np.ndarray, hr: np.ndarray, scale: int) -> float:
-    """What the network has to beat, in dB."""
-    return psnr(shave(to_8bit(ilr), scale), shave(hr, scale))
-
-
 class Board:
     """TensorBoard, where wanted and installed: scalars and a picture per epoch."""
 
@@ -484,7 +478,7 @@ def main(args: argparse.Namespace) -> int:
     elif rank == 0:
         write_whole(folder / "best.pth", weights_of(training.result))
         training.save(folder)
-    bicubic = mean([bicubic_psnr(*pair, args.scale) for pair in pairs])
+    bicubic = mean([shaved_psnr(*pair, args.scale) for pair in pairs])
     where = "streamed" if batches.stream else f"on {device}"
     say(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB")
 

@@ -31,11 +31,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def parser_for(doc: str, **kwargs: object) -> ArgumentParser:
+def parser_for(doc: str) -> ArgumentParser:
     """A parser whose --help opens with a script's docstring, commands included."""
-    return ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    return ArgumentParser(description=doc, formatter_class=layout)
 
 
 def run(
@@ -193,6 +192,11 @@ def psnr(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
     return 10 * math.log10(peak**2 / mse) if mse else math.inf
 
 
+def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int) -> float:
+    """PSNR in dB as the paper takes it: rounded, clipped, shaved (protocol step 5)."""
+    return psnr(shave(to_8bit(levels), scale), shave(hr, scale))
+
+
 def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
     """Structural similarity (Wang et al. 2004), mean where the window fits.
 
@@ -298,9 +302,9 @@ class Planes:
     high: float
     mode: str
 
-    def levels(self, colour: np.ndarray | None = None) -> np.ndarray:
-        """All or a part of `colour` in grey levels, float32, 0..255."""
-        values = np.asarray(self.colour if colour is None else colour, np.float32)
+    def levels(self) -> np.ndarray:
+        """`colour` in grey levels, float32, 0..255."""
+        values = np.asarray(self.colour, np.float32)
         return (values - self.low) * np.float32(255 / (self.high - self.low))
 
     def to_image(self, levels: np.ndarray) -> Image.Image:

@@ -74,6 +74,15 @@ def spawn(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
     )
 
 
+# Runs a script as if the disk were full after 2,000 bytes of a file.
+FULL_DISK = (
+    "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]; "
+    "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 def refused(result: Result, *words: str) -> bool:
     """Status 2 and one line on stderr that holds these words, nothing else."""
     assert result.status == 2, result

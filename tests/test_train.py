@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, needs_data, refused, spawn, tree
+from conftest import FULL_DISK, ROOT, needs_data, refused, spawn, tree
 
 import train
 from models import SRCNN, load_srcnn
@@ -369,11 +369,7 @@ def test_ten_kills_at_random_moments_lose_nothing(base, tmp_path):
 def test_a_full_disk_is_an_error_and_keeps_the_old_files(base, tmp_path):
     assert spawn(ROOT / "train.py", *base, env=ONE_THREAD).returncode == 0
     before = tree(tmp_path / "out")
-    limit = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]; "
-    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
-    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = spawn("-c", limit, ROOT / "train.py", *base, env=ONE_THREAD)
+    result = spawn("-c", FULL_DISK, ROOT / "train.py", *base, env=ONE_THREAD)
     assert refused(
         (type("R", (), {"status": result.returncode, "err": result.stderr})),
         "cannot be written",

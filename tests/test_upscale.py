@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT, needs_data, noise, refused, spawn, tree
+from conftest import DATA, FULL_DISK, ROOT, needs_data, noise, refused, spawn, tree
 from PIL import Image
 from skimage import metrics
 
@@ -368,11 +368,9 @@ def test_a_full_disk_is_refused_and_leaves_the_old_file(low, tmp_path):
     old = tmp_path / "out.png"
     Image.new("L", (3, 3)).save(old)
     before = tree(tmp_path)
-    limit = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]; "
-    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
-    limit += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = spawn("-c", limit, ROOT / "test.py", "--image-file", low, "--output", old)
+    result = spawn(
+        "-c", FULL_DISK, ROOT / "test.py", "--image-file", low, "--output", old
+    )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert f"{old}: cannot be written" in result.stderr
