@@ -14,11 +14,16 @@ import math
 import os
 import signal
 import time
+import timeit
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported after the process group is made, as an optimizer would do it, its functions'
+# defaults keep the group, and its threads live on into the interpreter's end.
+import torch.distributed.nn
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from datasets import Batches, H5Patches, read_eval_pairs
-from models import SRCNN, evaluate, pick_device
+from models import SRCNN, evaluate, load_srcnn, pick_device
 from utils import (
     InputError,
     int_at_least,
@@ -40,6 +45,7 @@ from utils import (
     write_whole,
 )
 
+INITS = ("identity", "gaussian", "default")
 LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
 ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a share of Muon's
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
@@ -119,6 +125,27 @@ def make_optimizers(
     return optimizers
 
 
+def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
+    """The network to start from; --init may name a weights file to go on from."""
+    known = args.init in INITS
+    init = args.init if known else "identity"
+    try:
+        model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
+    except ValueError as error:
+        raise InputError(f"--kernel-sizes, --filters: {error}") from error
+    if known or args.resume:  # the checkpoint holds what has become of the file
+        return model
+    if not Path(args.init).is_file():
+        names = ", ".join(INITS)
+        raise InputError(f"--init {args.init}: neither {names} nor a weights file")
+    try:
+        model.load_state_dict(load_srcnn(args.init).state_dict())
+    except RuntimeError as error:
+        cure = "fit --filters and --kernel-sizes to the file, and the patches"
+        raise InputError(f"--init {args.init}: has other layers; {cure}") from error
+    return model
+
+
 # --- a run ----------------------------------------------------------------------------
 
 
@@ -134,10 +161,8 @@ class Training:
     ) -> None:
         torch.manual_seed(args.seed)
         self.args = args
-        try:
-            model = SRCNN(num_channels, args.filters, args.kernel_sizes, args.init)
-        except ValueError as error:
-            raise InputError(f"--kernel-sizes, --filters: {error}") from error
+        self.folder = Path(args.outputs_dir, f"x{args.scale}")
+        model = initial_model(args, num_channels)
         self.model = model.to(device, memory_format=torch.channels_last)
         self.average = None
         if args.ema:
@@ -145,6 +170,10 @@ class Training:
             self.average = AveragedModel(self.model, multi_avg_fn=blend)
         rate = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
         self.optimizers = make_optimizers(self.model, args.optimizer, rate)
+        self.bf16 = args.bf16
+        if args.bf16 and bf16_is_slow(device):
+            say("--bf16: slower than float32 on this CPU, which is used instead")
+            self.bf16 = 0
         self.epoch, self.step = 1, 0  # the epoch under way and its steps done
         self.steps = 0  # all steps done
         self.loss_sum = torch.zeros((), device=device)  # of this epoch
@@ -202,10 +231,11 @@ class Training:
             where = f"in epoch {self.epoch} at a learning rate of {rate:.2g}"
             raise InputError(f"--lr: the loss is not finite {where}; {cure}")
 
-    def save(self, folder: Path) -> None:
+    def save(self) -> None:
         """Write last.pth, from which --resume goes on."""
         self.check_finite()
-        write_whole(folder / "last.pth", to_bytes(self.state_dict()))
+        if is_main():
+            write_whole(self.folder / "last.pth", to_bytes(self.state_dict()))
 
 
 def to_bytes(content: dict) -> bytes:
@@ -257,7 +287,7 @@ def train_one_epoch(
     for lr, hr in bar:
         progress = training.progress(len(batches))
         training.set_learning_rate(progress)
-        coarse = progress < args.bf16
+        coarse = progress < training.bf16
         with torch.autocast(lr.device.type, torch.bfloat16, enabled=coarse):
             restored = network(lr, valid=True)
         loss = F.mse_loss(restored.float(), hr)
@@ -283,6 +313,7 @@ def train_one_epoch(
                 return False
             if training.progress(len(batches)) >= 1:
                 break
+    training.seconds = time.perf_counter() - started
     return True
 
 
@@ -293,10 +324,28 @@ def agree(training: Training, stop: StopRequest) -> None:
     training.seconds, stop.signal = shared[0].item(), int(shared[1].item())
 
 
-def finish_epoch(training: Training, pairs: list, folder: Path) -> dict:
-    """Evaluate, keep the best weights, write the epoch's files (main rank only)."""
-    started = time.perf_counter()
-    score = evaluate_set(training.result, pairs, training.args.scale)
+def finish_epoch(training: Training, pairs: list, board: "Board | None") -> None:
+    """Evaluate, keep the best weights, write the epoch's files, turn to the next."""
+    if dist.is_initialized():
+        dist.all_reduce(training.loss_sum)
+        training.loss_sum /= dist.get_world_size()
+    training.check_finite()
+    if is_main():
+        row = score_epoch(training, pairs)
+        text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
+        text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
+        say(text.format(**row))
+        if board:
+            board.add(training, pairs[0], row)
+    training.epoch, training.step = training.epoch + 1, 0
+    training.loss_sum.zero_()
+    training.save()
+
+
+def score_epoch(training: Training, pairs: list) -> dict:
+    """Evaluate and write weights and history.csv; returns the epoch's row."""
+    started, args, folder = time.perf_counter(), training.args, training.folder
+    score = evaluate_set(training.result, pairs, args.scale)
     rate = training.optimizers[0].param_groups[0]["lr"]
     loss = training.loss_sum.item() / max(training.step, 1)
     training.seconds += time.perf_counter() - started
@@ -305,7 +354,7 @@ def finish_epoch(training: Training, pairs: list, folder: Path) -> dict:
     if score > training.best:
         training.best = score
         write_whole(folder / "best.pth", weights_of(training.result))
-    if training.args.save_every and training.epoch % training.args.save_every == 0:
+    if args.save_every and training.epoch % args.save_every == 0:
         name = f"epoch_{training.epoch}.pth"
         write_whole(folder / name, weights_of(training.result))
     write_csv(folder / "history.csv", COLUMNS, training.history)
@@ -350,6 +399,23 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def say(text: str) -> None:
+    """Print a line, once for all ranks."""
+    if is_main():
+        print(text, flush=True)
+
+
+def bf16_is_slow(device: torch.device) -> bool:
+    """Whether the CPU only emulates bfloat16, which can be a hundred times slower."""
+    if device.type != "cpu":
+        return False
+    times = []
+    for dtype in (torch.float32, torch.bfloat16):
+        names = {"square": torch.ones(256, 256, dtype=dtype)}
+        times.append(min(timeit.repeat("square @ square", number=1, globals=names)))
+    return times[1] > times[0]
+
+
 def join_process_group(device: torch.device) -> tuple[int, int]:
     """(rank, world size), by torchrun's environment variables."""
     if "RANK" not in os.environ:
@@ -382,7 +448,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--augment", action=argparse.BooleanOptionalAction, default=True)
     share = "share of training, from its start, in bfloat16: there twice as fast (0.7)"
     add("--bf16", type=number(0, 1.01), nargs="?", const=0.7, default=0, help=share)
-    add("--init", choices=("identity", "gaussian", "default"), default="identity")
+    start = f"{', '.join(INITS)}, or weights to start from (default: identity)"
+    add("--init", default="identity", metavar="HOW|FILE", help=start)
     add("--filters", type=int_at_least(1), nargs="+", default=[64, 32], metavar="N")
     add("--kernel-sizes", type=int_at_least(1), nargs="+", default=[9, 5, 5])
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
@@ -435,6 +502,9 @@ def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Batches, list]:
     """The batches to train on and the pairs to evaluate on, checked against each other."""
+    if args.batch_size % world_size:
+        cure = f"must be a multiple of the {world_size} processes"
+        raise InputError(f"--batch-size: {cure}")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(args.train_file, args.scale, halo)
     pairs = read_eval_pairs(args.eval_file, args.scale)
@@ -460,59 +530,55 @@ def load_data(
     return batches, pairs
 
 
-def main(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
-    rank, world_size = join_process_group(device)
-    if args.batch_size % world_size:
-        raise InputError(
-            f"--batch-size: must be a multiple of the {world_size} processes"
-        )
-    batches, pairs = load_data(args, device, rank, world_size)
-    training = Training(args, batches.patches.patch_shape[0], device)
-    folder = Path(args.outputs_dir, f"x{args.scale}")
-    board = Board(folder) if args.tensorboard and rank == 0 else None
-    say = print if rank == 0 else lambda *args, **kwargs: None
+def begin(args: argparse.Namespace, training: Training, pairs: list) -> None:
+    """Go on from --resume's checkpoint, or write the files that a run starts with."""
     if args.resume:
         training.load_state_dict(load_checkpoint(Path(args.resume)))
         say(f"{args.resume}: going on in epoch {training.epoch}, step {training.step}")
-    elif rank == 0:
-        write_whole(folder / "best.pth", weights_of(training.result))
-        training.save(folder)
-    bicubic = mean([shaved_psnr(*pair, args.scale) for pair in pairs])
-    where = "streamed" if batches.stream else f"on {device}"
-    say(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB")
+    elif is_main():
+        training.best = evaluate_set(training.result, pairs, args.scale)
+        write_whole(training.folder / "best.pth", weights_of(training.result))
+        training.save()
 
-    stop = StopRequest()
-    network = training.model
-    if world_size > 1:
+
+def fit(training: Training, batches: Batches, pairs: list, board: Board | None) -> int:
+    """Train to the plan's end or to a stop request; returns the exit status.
+
+    DistributedDataParallel ends with this function, before the process group: freed
+    after it, it would wait for gloo's threads, which may be waiting for Python.
+    """
+    stop, network = StopRequest(), training.model
+    if dist.is_initialized():
         network = DistributedDataParallel(network)
     while training.step or training.progress(len(batches)) < 1:
         if not train_one_epoch(training, network, batches, stop):
-            if rank == 0:
-                training.save(folder)
-            say(f"stopped; go on with: python train.py --resume {folder / 'last.pth'}")
+            training.save()
+            last = training.folder / "last.pth"
+            say(f"stopped; go on with: python train.py --resume {last}")
             return 128 + stop.signal
-        if world_size > 1:
-            dist.all_reduce(training.loss_sum)
-            training.loss_sum /= world_size
-        training.check_finite()
-        if rank == 0:
-            row = finish_epoch(training, pairs, folder)
-            text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
-            text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
-            print(text.format(**row), flush=True)
-            if board:
-                board.add(training, pairs[0], row)
-        training.epoch, training.step = training.epoch + 1, 0
-        training.loss_sum.zero_()
-        if rank == 0:
-            training.save(folder)
-        if world_size > 1:
+        finish_epoch(training, pairs, board)
+        if dist.is_initialized():
             agree(training, stop)
-    say(f"{folder / 'best.pth'}: {training.best:.3f} dB, bicubic {bicubic:.2f} dB")
-    if world_size > 1:
-        dist.destroy_process_group()
     return 0
+
+
+def main(args: argparse.Namespace) -> int:
+    device = pick_device(args.device)
+    rank, world_size = join_process_group(device)
+    batches, pairs = load_data(args, device, rank, world_size)
+    training = Training(args, batches.patches.patch_shape[0], device)
+    board = Board(training.folder) if args.tensorboard and is_main() else None
+    begin(args, training, pairs)
+    bicubic = mean([shaved_psnr(*pair, args.scale) for pair in pairs])
+    where = "streamed" if batches.stream else f"on {device}"
+    say(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB")
+    status = fit(training, batches, pairs, board)
+    if not status:
+        best = training.folder / "best.pth"
+        say(f"{best}: {training.best:.3f} dB, bicubic {bicubic:.2f} dB")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_run_writes_weights_checkpoint_and_history(call, base, tmp_path):
 
 
 def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_path):
-    call("train", *base, "--lr", 0.01)
+    call("train", *base, "--num-epochs", 40, "--lr", 0.002, "--ema", 0.9)
     model = load_srcnn(tmp_path / "out" / "x3" / "best.pth")
     scores = []
     with h5py.File(h5_files[1]) as file:
@@ -89,8 +89,9 @@ def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_pat
                 y = model(torch.from_numpy(lr)[None, None] / 255)[0, 0].numpy() * 255
             error = (np.clip(np.floor(y + 0.5), 0, 255) - hr)[3:-3, 3:-3]
             scores.append(10 * np.log10(255**2 / np.mean(error.astype(float) ** 2)))
-    best = max(float(row["psnr"]) for row in history(tmp_path / "out" / "x3"))
-    assert np.mean(scores) == pytest.approx(best, abs=1e-4)
+    reported = [float(row["psnr"]) for row in history(tmp_path / "out" / "x3")]
+    assert np.mean(scores) == pytest.approx(max(reported), abs=1e-4)
+    assert max(reported) > reported[0] + 0.01  # not the weights that it started with
 
 
 def test_the_network_learns(call, h5_files, tmp_path):
@@ -202,10 +203,45 @@ def test_muons_step_is_nearly_orthogonal(shape):
     assert (result - u @ torch.diag(ours) @ v).norm() < 1e-3 * result.norm()
 
 
-def test_bfloat16_trains_too(call, base, tmp_path):
-    result = call("train", *base, "--bf16", "--lr", 0.01)
+def test_bfloat16_trains_too_where_it_is_not_emulated(
+    call, base, tmp_path, monkeypatch
+):
+    best = tmp_path / "out/x3/best.pth"
+    call("train", *base)
+    exact = weights(best)["conv1.weight"]
+    for slow in (False, True):
+        monkeypatch.setattr(train, "bf16_is_slow", lambda device, slow=slow: slow)
+        result = call("train", *base, "--bf16")
+        assert result.status == 0
+        assert weights(best)["conv1.weight"].dtype == torch.float32
+        assert torch.equal(weights(best)["conv1.weight"], exact) == slow
+        assert ("slower than float32" in result.out) == slow
+
+
+def test_training_starts_from_a_weights_file_and_never_ends_below_it(
+    call, base, tmp_path
+):
+    call("train", *base, "--num-epochs", 4)
+    start = tmp_path / "start.pth"
+    (tmp_path / "out/x3/best.pth").rename(start)
+    first = float(history(tmp_path / "out/x3")[-1]["psnr"])
+    result = call("train", *base, "--init", start, "--num-epochs", 1, "--lr", 0.5)
+    best, last = (tmp_path / "out/x3" / name for name in ("best.pth", "last.pth"))
     assert result.status == 0
-    assert weights(tmp_path / "out/x3/best.pth")["conv1.weight"].dtype == torch.float32
+    assert float(history(tmp_path / "out/x3")[-1]["psnr"]) < first - 1  # ruined
+    assert equal(best, start)
+    assert call("train", *base, "--init", start, "--num-epochs", 1).status == 0
+    assert first - 1 < float(history(tmp_path / "out/x3")[0]["psnr"])
+    start.unlink()  # a resume does not need it
+    assert call("train", "--resume", last, "--num-epochs", 2).status == 0
+
+
+def test_an_unusable_start_is_refused(call, base, tmp_path):
+    assert refused(call("train", *base, "--init", "gausian"), "--init gausian", "nor")
+    start = tmp_path / "start.pth"
+    torch.save(SRCNN().state_dict(), start)  # 9-5-5, not what `base` asks for
+    assert refused(call("train", *base, "--init", start), str(start), "other layers")
+    assert not (tmp_path / "out").exists()
 
 
 def resident_bytes(pid: int) -> int:
@@ -447,6 +483,8 @@ def test_two_processes_train_as_one(base, tmp_path):
         "runs = []\n"
         "train.Training.__init__ = lambda self, *a: (keep.__init__(self, *a), runs.append(self))[0]\n"
         "status = train.main(train.parse_args())\n"
+        "threads = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "assert not [name for name in threads if 'gloo' in name], threads\n"
         f"torch.save(runs[0].model.state_dict(), {str(tmp_path)!r} + '/rank' + os.environ['RANK'])\n"
         "sys.exit(status)\n"
     )
