@@ -314,6 +314,8 @@ def train_one_epoch(
             if training.progress(len(batches)) >= 1:
                 break
     training.seconds = time.perf_counter() - started
+    if distributed:
+        agree(training, stop)
     return True
 
 
