@@ -73,18 +73,15 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            beta, rate = group["momentum"], group["lr"]
             for weight in group["params"]:
                 state = self.state[weight]
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(
-                    1
-                )
+                momentum = state["momentum"].lerp_(weight.grad, 1 - beta)
+                update = orthogonal(weight.grad.lerp(momentum, beta).flatten(1))
                 stretch = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(
-                    orthogonal(update).view_as(weight), alpha=-group["lr"] * stretch
-                )
+                weight.add_(update.reshape(weight.shape), alpha=-rate * stretch)
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
