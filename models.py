@@ -25,6 +25,7 @@ from utils import InputError, shaved_psnr, to_8bit
 
 TILE = 192  # output pixels a side: on a CPU the activations then stay in the cache
 CUDA_TILE = 1024  # fills a GPU with 0.6 GB of activations
+INITS = ("identity", "gaussian", "default")
 EXPECTED = "expected are conv1.weight, conv1.bias, ... that fit together"
 
 
@@ -92,10 +93,8 @@ class SRCNN(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, init: str) -> None:
-        if init not in ("identity", "gaussian", "default"):
-            raise ValueError(
-                f"unknown init {init!r}: choose identity, gaussian or default"
-            )
+        if init not in INITS:
+            raise ValueError(f"unknown init {init!r}: choose one of {', '.join(INITS)}")
         if init == "default":
             return
         for layer in self.layers:

@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from datasets import Batches, H5Patches, read_eval_pairs
-from models import SRCNN, evaluate, load_srcnn, pick_device
+from models import INITS, SRCNN, evaluate, load_srcnn, pick_device
 from utils import (
     InputError,
     int_at_least,
@@ -45,7 +45,6 @@ from utils import (
     write_whole,
 )
 
-INITS = ("identity", "gaussian", "default")
 LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
 ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a share of Muon's
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
@@ -272,7 +271,7 @@ def train_one_epoch(
         True where the epoch or the budget is done, False after a stop request.
     """
     args, started = training.args, time.perf_counter() - training.seconds
-    distributed, on_cuda = network is not training.model, training.loss_sum.is_cuda
+    distributed, on_cuda = dist.is_initialized(), training.loss_sum.is_cuda
     bar = tqdm(
         batches.epoch(training.epoch, training.step),
         f"epoch {training.epoch}",
