@@ -2,31 +2,29 @@
 
 model = SRCNN()                             # 9-5-5, 64 and 32 filters, the paper's best
 model = load_srcnn("weights/srcnn_x3.pth")  # shapes are read from the file
-restored = restore(model, ilr)              # grey levels 0..255, tile by tile
+y = restore(model, ilr)                     # grey levels 0..255, tile by tile
+large = enlarge(Image.open("photo.jpg"), model, scale=3)
 """
 
 import itertools
 import math
 import os
-import pickle
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, shaved_psnr, to_8bit
+from utils import InputError, decode, fill_transparent, reading, resize, rgb_to_ycbcr, ycbcr_to_rgb
 
-TILE = 192  # output pixels a side: on a CPU the activations then stay in the cache
-CUDA_TILE = 1024  # fills a GPU with 0.6 GB of activations
 INITS = ("identity", "gaussian", "default")
-EXPECTED = "expected are conv1.weight, conv1.bias, ... that fit together"
 
 
 class SRCNN(nn.Module):
@@ -60,8 +58,7 @@ class SRCNN(nn.Module):
             raise ValueError("filter counts must be positive and kernel sizes odd")
         widths = (num_channels, *filters, num_channels)
         for i, kernel_size in enumerate(kernel_sizes):
-            layer = nn.Conv2d(widths[i], widths[i + 1], kernel_size)
-            self.add_module(f"conv{i + 1}", layer)
+            self.add_module(f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size))
         self.num_channels = num_channels
         self.halo = sum(k // 2 for k in kernel_sizes)
         self._initialize(init)
@@ -84,12 +81,10 @@ class SRCNN(nn.Module):
         """
         if not valid:
             x = F.pad(x, [self.halo] * 4, mode="replicate")
-        *hidden, last = self.children()
+        *hidden, last = self.layers
         for layer in hidden:
             x = F.relu_(layer(x))
-        if torch.is_grad_enabled() or x.is_cuda:
-            return last(x)
-        return shifted_sums(last, x)
+        return last(x)
 
     @torch.no_grad()
     def _initialize(self, init: str) -> None:
@@ -105,8 +100,7 @@ class SRCNN(nn.Module):
         channels = self.num_channels
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            # The first filters hand the picture through.
-            nn.init.dirac_(layer.weight[:channels])
+            nn.init.dirac_(layer.weight[:channels])  # the first filters hand the picture through
         # Tiny, not zero: the other filters then learn from the first step on.
         nn.init.normal_(self.layers[-1].weight, std=1e-5)
         nn.init.dirac_(self.layers[-1].weight[:, :channels])
@@ -117,69 +111,100 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
 
     Args:
         path: a plain state dict (ours or yjn870's), or a checkpoint that holds one as
-            "model" or "state_dict".
+            "average" (train.py's running average), "model" or "state_dict".
         device: where the network goes.
 
     Raises:
         InputError: no such file, truncated, no SRCNN, not finite, or holding anything
             but tensors and plain values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file; make one with train.py")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error will say it in one line
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: refused, it holds more than weights") from error
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        raise InputError(
-            f"{path}: empty, truncated or no PyTorch file; copy it again"
-        ) from error
-    return srcnn_from_state(state, path).to(device)
-
-
-def srcnn_from_state(state: object, path: str | Path) -> SRCNN:
-    """The network of what a file holds; `path` only names the file in errors."""
-    for key in ("model", "state_dict"):
+    cure = "name weights of SRCNN, or make them with train.py"
+    with reading(path, "weights file", cure), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an error will say it in one line
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("average", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
-    ):
-        raise InputError(f"{path}: no SRCNN weights; {EXPECTED}")
-    # Weights saved from DataParallel carry a prefix.
-    state = {re.sub(r"^module\.", "", str(key)): w for key, w in state.items()}
     try:
+        # Weights saved from DataParallel carry a prefix.
+        state = {re.sub(r"^module\.", "", name): w for name, w in state.items()}
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
+        if not all(w.is_floating_point() for w in state.values()):
+            raise TypeError("complex or whole numbers")
         model = SRCNN(
             num_channels=weights[0].shape[1],
             filters=[w.shape[0] for w in weights[:-1]],
             kernel_sizes=[w.shape[2] for w in weights],
         )
         model.load_state_dict(state)
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"{path}: no SRCNN weights; {EXPECTED}") from error
+    except Exception as error:  # as many kinds as there are ways to be something else
+        fit = "expected are conv1.weight, conv1.bias, ... that fit together"
+        raise InputError(f"{path}: no SRCNN weights; {fit}") from error
     if not all(value.isfinite().all() for value in state.values()):
         raise InputError(f"{path}: holds NaN or infinity; take another file")
-    return model
+    return model.to(device)
+
+
+# --- inference ------------------------------------------------------------------------------
+
+TILE = 192  # output pixels a side on a CPU: a core's activations take 11 MB, not gigabytes
+ACCELERATOR_TILE = 1024  # keeps a GPU busy with 0.6 GB of activations
+BAND = 4 << 20  # output pixels that are enlarged at once: 0.1 GB of planes
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for, else this rank's GPU where there is one, else the CPU."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if name is None:
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    """The device asked for, else this process's GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's: the process's number on its machine
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"--device {name}: is not available here") from error
+        device = torch.device(f"cuda:{int(rank)}" if name == "cuda" else name)
+        torch.empty(1, device=device).cpu()
+    except Exception as error:
+        where = f"--device {name}: is not available here (LOCAL_RANK is {rank})"
+        raise InputError(f"{where}; use --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # all batches have one shape
     return device
+
+
+def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
+    """Run the network over a whole picture in tiles that overlap by its halo.
+
+    The picture is the same as in one pass, within 1e-3 grey levels. On the CPU every core
+    works on a tile of its own and waits for no other.
+
+    Args:
+        ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
+        tile: output pixels a side; None picks what is fast on the network's device.
+
+    Returns:
+        The restored picture, float32, same shape, neither rounded nor clipped.
+
+    Raises:
+        InputError: the weights make values that are not finite.
+    """
+    halo, device = model.halo, next(model.parameters()).device
+    planes = ilr if ilr.ndim == 3 else ilr[None]
+    padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
+    restored = np.empty(planes.shape, np.float32)
+
+    def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
+        patch = padded[:, top : bottom + 2 * halo, left : right + 2 * halo]
+        restored[:, top:bottom, left:right] = restore_patch(model, patch)
+
+    jobs = tiles(*planes.shape[1:], tile or (TILE if device.type == "cpu" else ACCELERATOR_TILE))
+    threads = torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(restore_tile, *zip(*jobs)))
+    torch.set_num_threads(threads)  # parts of what the pool set hold for all
+    if not np.isfinite(restored).all():
+        raise InputError("--weights-file: their output is not finite; take other weights")
+    return restored.reshape(ilr.shape)
 
 
 def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
@@ -189,78 +214,8 @@ def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]
         count = math.ceil(length / side)
         return [length * i // count for i in range(count + 1)]
 
-    rows, columns = cuts(height), cuts(width)
-    return [
-        (t, b, l, r)
-        for t, b in itertools.pairwise(rows)
-        for l, r in itertools.pairwise(columns)
-    ]
-
-
-def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
-    """Run the network over a whole picture in tiles that overlap by its halo.
-
-    The picture is the same as in one pass, within 1e-3 grey levels.
-
-    Args:
-        ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
-        tile: output pixels a side; None picks what is fast on the network's device.
-
-    Returns:
-        The restored picture, float32, same shape, neither rounded nor clipped.
-    """
-    planes = ilr[None] if ilr.ndim == 2 else ilr
-    restored = np.empty(planes.shape, np.float32)
-
-    def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
-        patch = clamped_crop(planes, top, bottom, left, right, model.halo)
-        restored[:, top:bottom, left:right] = restore_patch(model, patch)
-
-    for_each_tile(model, restore_tile, *planes.shape[1:], tile)
-    return restored.reshape(ilr.shape)
-
-
-def for_each_tile(
-    model: nn.Module,
-    function: Callable[[int, int, int, int], None],
-    height: int,
-    width: int,
-    tile: int | None = None,
-) -> None:
-    """Call function(top, bottom, left, right) for every tile, with a progress bar.
-
-    On the CPU every core works on a tile of its own: its activations stay in its cache
-    and no core waits for another.
-    """
-    parameter = next(model.parameters())
-    jobs = tiles(height, width, tile or (CUDA_TILE if parameter.is_cuda else TILE))
-    bar = tqdm(total=len(jobs), desc="tiles", delay=1, leave=False, disable=None)
-    threads = torch.get_num_threads()
-    workers = threads if parameter.device.type == "cpu" else 1
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        for done in as_completed([pool.submit(function, *job) for job in jobs]):
-            done.result()
-            bar.update()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-        torch.set_num_threads(threads)  # parts of what the pool set hold for all
-
-
-def clamped_crop(
-    planes: np.ndarray, top: int, bottom: int, left: int, right: int, margin: int
-) -> np.ndarray:
-    """Cut a rectangle and a margin around it out of C x H x W.
-
-    Beyond the picture's border the edge pixel is repeated.
-    """
-    cuts, pads = [slice(None)], [(0, 0)]
-    for low, high, length in zip((top, left), (bottom, right), planes.shape[1:]):
-        low, high = low - margin, high + margin
-        cuts.append(slice(max(low, 0), high))
-        pads.append((max(-low, 0), max(high - length, 0)))
-    return np.pad(planes[tuple(cuts)], pads, mode="edge")
+    rows, columns = (list(itertools.pairwise(cuts(length))) for length in (height, width))
+    return [(*row, *column) for row in rows for column in columns]
 
 
 @torch.inference_mode()
@@ -270,7 +225,17 @@ def restore_patch(model: nn.Module, patch: np.ndarray) -> np.ndarray:
     x = torch.from_numpy(np.ascontiguousarray(patch))[None]
     x = x.to(parameter.device, parameter.dtype) / 255
     x = x.contiguous(memory_format=torch.channels_last)
-    return (model(x, valid=True)[0].float() * 255).cpu().numpy()
+    return (fast_forward(model, x)[0].float() * 255).cpu().numpy()
+
+
+def fast_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """model(x, valid=True), on a CPU with a faster last layer."""
+    if x.device.type != "cpu" or not isinstance(model, SRCNN):
+        return model(x, valid=True)
+    *hidden, last = model.layers
+    for layer in hidden:
+        x = F.relu_(layer(x))
+    return shifted_sums(last, x)
 
 
 def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -303,29 +268,92 @@ class SelfEnsemble(nn.Module):
 
     def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
         """As SRCNN.forward."""
+        if not valid:
+            x = F.pad(x, [self.halo] * 4, mode="replicate")
         total = 0
         for turns, flip in itertools.product(range(4), (False, True)):
-            way = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
-            back = torch.rot90(self.model(way, valid), -turns, (2, 3))
+            turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
+            back = torch.rot90(fast_forward(self.model, turned), -turns, (2, 3))
             total = total + (back.flip(3) if flip else back)
         return total / 8
 
 
-def evaluate(
-    model: nn.Module,
-    ilr: np.ndarray,
-    hr: np.ndarray,
-    scale: int,
-    tile: int | None = None,
-) -> tuple[np.ndarray, float]:
-    """Restore a picture and measure it as the paper does (protocol steps 4 and 5).
+# --- enlarging ------------------------------------------------------------------------------
+
+
+def enlarge_planes(
+    model: nn.Module, lr: np.ndarray, scale: int, back_projection: int = 1, tile: int | None = None
+) -> np.ndarray:
+    """Planes `scale` times as high and wide: the paper's way from a small picture to a large.
+
+    Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
+    three colours go through a network of three channels.
 
     Args:
-        ilr, hr: H x W or C x H x W, float32, grey levels in 0..255.
-        scale: also the border that is cut off before measuring.
-
-    Returns:
-        The restored picture, rounded and clipped, and its PSNR in dB.
+        lr: 1 x H x W (grey) or 3 x H x W (RGB), with alpha as a further plane or without,
+            float32, 0..255.
+        back_projection: steps, see `back_project`.
     """
-    restored = to_8bit(restore(model, ilr, tile))
-    return restored, shaved_psnr(restored, hr, scale)
+    learned = model.num_channels
+    convert = learned == 1 and len(lr) >= 3
+    if convert:
+        lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
+    sr = resize(lr, (scale * lr.shape[1], scale * lr.shape[2]))
+    sr[:learned] = back_project(restore(model, sr[:learned], tile), lr[:learned], back_projection)
+    if convert:
+        sr[:3] = ycbcr_to_rgb(sr[:3])
+    return sr
+
+
+def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
+    """Change a restored picture so that reducing it gives the picture that came in.
+
+    Irani and Peleg, "Improving resolution by image registration", 1991; as a last step in
+    Timofte et al., "Seven ways", CVPR 2016. Areas of one colour become exact.
+    """
+    for _ in range(steps):
+        sr = sr + resize(lr - resize(sr, lr.shape[-2:]), sr.shape[-2:])
+    return sr
+
+
+def enlarge(
+    image: Image.Image,
+    model: nn.Module,
+    scale: int,
+    back_projection: int = 1,
+    tile: int | None = None,
+    band: int = BAND,
+) -> Image.Image:
+    """A picture `scale` times as wide and high: grey stays grey, 16 bits stay 16 bits.
+
+    Args:
+        image: of any of Pillow's modes.
+        model: for luma or for RGB, as `load_srcnn` gives it.
+        back_projection: steps, see `back_project`; 0 is the network alone.
+        tile: as of `restore`.
+        band: output pixels in memory at once; the same picture comes out whatever it is.
+
+    Raises:
+        InputError: a picture and a network that do not go together.
+    """
+    planes = decode(image)
+    lr = planes.levels()
+    if model.num_channels not in (1, len(lr)):
+        kind = "grey" if len(lr) == 1 else "RGB"
+        wanted = "RGB" if model.num_channels == 3 else f"{model.num_channels} channels"
+        raise InputError(f"is {kind}, but these weights are for {wanted}; take others")
+    if planes.alpha is not None:
+        alpha = np.asarray(planes.alpha[None], np.float32)
+        lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
+    height, width = lr.shape[1:]
+    rows = max(1, band // (scale * scale * width))
+    # What a pixel depends on: the network's view, bicubic's, and four rows a back-projection.
+    margin = math.ceil(model.halo / scale) + 2 + 4 * back_projection
+    enlarged = Image.new(planes.mode, (scale * width, scale * height))
+    for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
+        first = max(top - margin, 0)
+        source = lr[:, first : top + rows + margin]
+        sr = enlarge_planes(model, source, scale, back_projection, tile)
+        sr = sr[:, scale * (top - first) :][:, : scale * rows]
+        enlarged.paste(planes.to_image(sr), (0, scale * top))
+    return enlarged

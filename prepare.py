@@ -10,13 +10,15 @@ import argparse
 import hashlib
 import io
 import math
+import os
 import shutil
 import sys
 import tempfile
 import urllib.request
 import zipfile
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -25,16 +27,17 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from utils import (
+    ArgumentParser,
     InputError,
     atomic_path,
+    check_outputs,
     crop_to_multiple,
     degrade,
-    int_at_least,
+    expand,
+    find_images,
     levels_of,
-    list_images,
     number,
     open_image,
-    parser_for,
     rgb_to_ycbcr,
     run,
     write_whole,
@@ -42,7 +45,7 @@ from utils import (
 
 VERSION = 1  # of the h5 layout
 CHUNK = 64 << 10  # bytes: small enough to read single patches, few enough to index
-LARGEST = 16 << 20  # bytes that a picture of an archive may have
+LARGEST = 16 << 20  # bytes that a picture of an archive may have: T91's have 0.3 MB at most
 MANIFEST = Path(__file__).resolve().parent / "assets" / "datasets.sha256"
 SOURCES = (
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
@@ -50,118 +53,45 @@ SOURCES = (
 )
 
 
-# --- pictures to h5 -------------------------------------------------------------------
+# --- pictures to (ilr, hr) ------------------------------------------------------------------
 
 
-Pair = tuple[np.ndarray, np.ndarray]  # (ilr, hr), float32, 0..255, H x W or 3 x H x W
+def degraded_pair(
+    image: Image.Image, scale: int, num_channels: int, degradation: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ilr, hr): what is left of a picture after --degradation, and the picture.
+
+    Both are float32, 0..255, H x W or 3 x H x W; empty where the picture is smaller than
+    the scale.
+    """
+    if degradation == "pillow":
+        return pillow_pair(image, scale, num_channels)
+    hr = crop_to_multiple(levels_of(image, num_channels), scale)
+    return (degrade(hr, scale) if hr.size else hr), hr
 
 
-def degraded_pair(image: Image.Image, args: argparse.Namespace) -> Pair:
-    """A picture and what is left of it after --degradation."""
-    if args.degradation == "pillow":
-        return pillow_pair(image, args.scale, args.num_channels)
-    hr = crop_to_multiple(levels_of(image, args.num_channels), args.scale)
-    return (degrade(hr, args.scale) if hr.size else hr), hr
-
-
-def read_images(args: argparse.Namespace, paths: list[Path]) -> Iterator[Image.Image]:
-    """The pictures of a folder, each followed by its copies of --shrink."""
-    for path in paths:
-        image = open_image(path)
-        yield image
-        for factor in args.shrink:
-            size = [max(1, round(factor * side)) for side in image.size]
-            yield image.resize(size, Image.Resampling.BICUBIC)
-
-
-def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
+def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
     """What the forks do: resize instead of crop, 8-bit RGB, luma not rounded."""
-    small = max(image.width // scale, 1), max(image.height // scale, 1)
+    small = image.width // scale, image.height // scale
+    if not min(small):
+        return np.empty((0, 0)), np.empty((0, 0))
     large = small[0] * scale, small[1] * scale
     hr = image.convert("RGB").resize(large, Image.Resampling.BICUBIC)
-    ilr = hr.resize(small, Image.Resampling.BICUBIC)
-    ilr = ilr.resize(large, Image.Resampling.BICUBIC)
+    lr = hr.resize(small, Image.Resampling.BICUBIC)
+    ilr = lr.resize(large, Image.Resampling.BICUBIC)
     ilr, hr = (np.asarray(rgb, np.float32).transpose(2, 0, 1) for rgb in (ilr, hr))
-    return (
-        (ilr, hr) if num_channels == 3 else (rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0])
-    )
+    return (ilr, hr) if num_channels == 3 else (rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0])
 
 
-def cut_patches(planes: np.ndarray, size: int, stride: int) -> np.ndarray:
-    """All patches at multiples of `stride`: N x size x size or N x C x size x size."""
-    view = np.lib.stride_tricks.sliding_window_view
-    windows = view(planes, (size, size), axis=(-2, -1))[..., ::stride, ::stride, :, :]
-    if planes.ndim == 2:
-        return windows.reshape(-1, size, size)
-    return np.moveaxis(windows, 0, 2).reshape(-1, len(planes), size, size)
-
-
-class TrainWriter:
-    """Appends the patches of one picture after another to `lr` and `hr`."""
-
-    def __init__(self, file: h5py.File, args: argparse.Namespace) -> None:
-        file.attrs.update(patch_size=args.patch_size, stride=args.stride)
-        self.size, self.stride, self.count = args.patch_size, args.stride, 0
-        shape = (args.num_channels,) * (args.num_channels > 1) + (self.size, self.size)
-        chunk = max(1, CHUNK // (4 * math.prod(shape)))
-        growing = {"maxshape": (None, *shape), "chunks": (chunk, *shape)}
-        self.datasets = [
-            file.create_dataset(name, (0, *shape), "float32", **growing)
-            for name in ("lr", "hr")
-        ]
-
-    def add(self, ilr: np.ndarray, hr: np.ndarray) -> bool:
-        """Append a picture's patches; False where the picture is smaller than one."""
-        if min(hr.shape[-2:]) < self.size:
-            return False
-        for dataset, planes in zip(self.datasets, (ilr, hr)):
-            patches = cut_patches(planes, self.size, self.stride)
-            dataset.resize(self.count + len(patches), axis=0)
-            dataset[self.count :] = patches
-        self.count += len(patches)
-        return True
-
-
-class EvalWriter:
-    """Appends whole pictures to the groups `lr` and `hr`."""
-
-    def __init__(self, file: h5py.File) -> None:
-        self.groups, self.count = [file.create_group("lr"), file.create_group("hr")], 0
-
-    def add(self, ilr: np.ndarray, hr: np.ndarray) -> bool:
-        """Append a picture; False where nothing of it is left."""
-        if not hr.size:
-            return False
-        for group, planes in zip(self.groups, (ilr, hr)):
-            group.create_dataset(str(self.count), data=planes)
-        self.count += 1
-        return True
-
-
-def write_h5(
-    args: argparse.Namespace, names: list, images: Iterator[Image.Image]
-) -> None:
-    """Write all pictures to args.output_path, one after the other: memory stays flat.
-
-    Those that are too small are named and skipped.
-    """
-    with atomic_path(args.output_path) as partial, h5py.File(partial, "w") as file:
-        stated = {"scale": args.scale, "degradation": args.degradation}
-        file.attrs.update(stated, version=VERSION)
-        writer = EvalWriter(file) if args.eval else TrainWriter(file, args)
-        progress = tqdm(zip(names, images), "pictures", len(names), disable=None)
-        for name, image in progress:
-            if not writer.add(*degraded_pair(image, args)):
-                limit = "the scale" if args.eval else "a patch"
-                tqdm.write(f"{name}: skipped, smaller than {limit}", sys.stderr)
-        if not writer.count:
-            cure = "lower --patch-size or name larger pictures"
-            raise InputError(f"{args.images_dir}: no picture is large enough; {cure}")
-    what = "pictures" if args.eval else "patches"
-    print(f"{args.output_path}: {writer.count} {what} for x{args.scale}")
-
-
-# --- drawn pictures -------------------------------------------------------------------
+def with_copies(
+    named: Iterable[tuple[object, Image.Image]], factors: Sequence[float]
+) -> Iterator[tuple[object, Image.Image]]:
+    """(name, picture), each followed by its copies reduced by these factors."""
+    for name, image in named:
+        yield name, image
+        for factor in factors:
+            size = [max(1, round(factor * side)) for side in image.size]
+            yield name, image.resize(size, Image.Resampling.BICUBIC)
 
 
 def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Image:
@@ -185,13 +115,94 @@ def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Imag
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def draw_images(args: argparse.Namespace) -> Iterator[Image.Image]:
-    """args.synthetic drawn pictures; an evaluation file gets others for a seed."""
-    first = 1_000_000 * args.eval + 10_000 * args.seed
-    return map(dead_leaves, range(first, first + args.synthetic))
+# --- (ilr, hr) to h5 ------------------------------------------------------------------------
 
 
-# --- download -------------------------------------------------------------------------
+def cut_patches(planes: np.ndarray, size: int, stride: int) -> np.ndarray:
+    """All patches at multiples of `stride`: N x size x size or N x C x size x size."""
+    view = np.lib.stride_tricks.sliding_window_view
+    windows = view(planes, (size, size), axis=(-2, -1))[..., ::stride, ::stride, :, :]
+    if planes.ndim == 2:
+        return windows.reshape(-1, size, size)
+    return np.moveaxis(windows, 0, 2).reshape(-1, len(planes), size, size)
+
+
+def append_patches(file: h5py.File, ilr: np.ndarray, hr: np.ndarray, size: int, stride: int) -> int:
+    """Append a picture's patches to the datasets `lr` and `hr`; returns how many."""
+    if min(hr.shape[-2:]) < size:
+        return 0
+    for name, planes in ("lr", ilr), ("hr", hr):
+        patches = cut_patches(planes, size, stride)
+        if name not in file:
+            shape = patches.shape[1:]
+            chunk = max(1, CHUNK // (4 * math.prod(shape)))
+            growing = {"maxshape": (None, *shape), "chunks": (chunk, *shape)}
+            file.create_dataset(name, (0, *shape), "float32", **growing)
+        start = len(file[name])
+        file[name].resize(start + len(patches), axis=0)
+        file[name][start:] = patches
+    return len(patches)
+
+
+def append_picture(file: h5py.File, ilr: np.ndarray, hr: np.ndarray) -> int:
+    """Append a picture to the groups `lr` and `hr`; returns 1, or 0 where nothing is left."""
+    if not hr.size:
+        return 0
+    for name, planes in ("lr", ilr), ("hr", hr):
+        group = file.require_group(name)
+        group.create_dataset(str(len(group)), data=planes)
+    return 1
+
+
+@contextmanager
+def new_h5(path: Path) -> Iterator[h5py.File]:
+    """An h5 file to write, closed at the end whatever happens."""
+    file = h5py.File(path, "w")
+    try:
+        yield file
+        file.flush()
+    except BaseException:
+        # HDF5 ends in a segmentation fault where a full disk keeps it from closing a file.
+        # What it still holds of this one goes nowhere instead.
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), file.id.get_vfd_handle())
+        raise
+    finally:
+        with suppress(OSError, RuntimeError):
+            file.close()
+
+
+def write_h5(
+    path: str | Path,
+    pairs: Iterable[tuple[object, np.ndarray, np.ndarray]],
+    append: Callable[[h5py.File, np.ndarray, np.ndarray], int],
+    attributes: dict,
+) -> int:
+    """Write (name, ilr, hr), one after the other: memory stays flat.
+
+    Pictures of which `append` takes nothing are named and skipped.
+
+    Returns:
+        How many patches or pictures were written.
+
+    Raises:
+        InputError: none, or the file cannot be written.
+    """
+    count = 0
+    with atomic_path(path) as target, new_h5(target) as file:
+        file.attrs.update(attributes)
+        for name, ilr, hr in pairs:
+            added = append(file, ilr, hr)
+            if not added:
+                tqdm.write(f"{name}: skipped, smaller than a patch or the scale", sys.stderr)
+            count += added
+        if not count:
+            cure = "lower --patch-size or name larger pictures"
+            raise InputError(f"{path}: no picture is large enough; {cure}")
+    return count
+
+
+# --- download -------------------------------------------------------------------------------
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -232,11 +243,12 @@ def extract(
                 # Two pictures of T91 are the same: a content may have several names.
                 for target in (n for n, wish in wanted.items() if wish == digest):
                     write_whole(folder / target, content)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{name}: no such file; pass --archive FILE.zip") from error
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = f"no zip archive, or a corrupt one ({error})"
-        raise InputError(f"{name}: {reason}; fetch it again") from error
+    except Exception as error:  # zipfile raises many kinds for a damaged archive
+        raise InputError(f"{name}: no zip archive, or a corrupt one; fetch it again") from error
 
 
 def fetch(url: str, file: io.IOBase) -> None:
@@ -292,50 +304,72 @@ def download(
     print(f"{folder}: T91, Set5 and Set14 are complete")
 
 
-# --- command line ---------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = parser_for(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images-dir", metavar="DIR", help="folder of pictures")
+    parser = ArgumentParser(__doc__)
+    group = parser.add_argument_group("pictures, from one of")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images-dir", nargs="+", metavar="DIR", help="folders of pictures")
     drawn = "draw N pictures instead"
-    source.add_argument("--synthetic", type=int_at_least(1), metavar="N", help=drawn)
+    source.add_argument("--synthetic", type=number(int, 1, 10_001), metavar="N", help=drawn)
     fetched = "fetch T91, Set5 and Set14 to this folder"
     source.add_argument("--download", type=Path, metavar="DIR", help=fetched)
-    add = parser.add_argument
+    add = group.add_argument
     add("--archive", metavar="FILE.zip", help="with --download: take them from here")
+    add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic (default: 0)")
+    limit = Image.MAX_IMAGE_PIXELS
+    add("--max-pixels", type=number(int, 1), default=limit, help=f"(default: {limit})")
+
+    add = parser.add_argument_group("h5 file").add_argument
     add("--output-path", metavar="FILE", help="the h5 file to write")
-    add("--scale", type=int_at_least(2), metavar="N", help="reduction to be undone")
-    add("--patch-size", type=int_at_least(1), default=33, help="(default: 33)")
-    add("--stride", type=int_at_least(1), default=14, help="(default: 14)")
+    add("--scale", type=number(int, 2, 65), metavar="N", help="reduction to be undone")
     add("--eval", action="store_true", help="whole pictures, to evaluate on")
+    add("--patch-size", type=number(int, 1, 4097), default=33, help="(default: 33)")
+    add("--stride", type=number(int, 1, 4097), default=14, help="(default: 14)")
     add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma, 3: RGB")
     copies = "cut up copies reduced by these factors, too"
-    add("--shrink", type=number(0, 1), nargs="+", default=[], metavar="F", help=copies)
+    add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=copies)
     how = "the paper's bicubic in floating point, or the forks' Pillow on 8-bit RGB"
     add("--degradation", choices=("matlab", "pillow"), default="matlab", help=how)
-    add("--seed", type=int_at_least(0), default=0, help="of --synthetic (default: 0)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.archive and not args.download:
         raise InputError("--archive: goes with --download DIR")
     if args.download:
         return download(args.download, args.archive)
     for flag in ("output_path", "scale"):
         if getattr(args, flag) is None:
-            raise InputError(
-                f"--{flag.replace('_', '-')}: is needed to make an h5 file"
-            )
-    if args.synthetic:
-        return write_h5(args, list(range(args.synthetic)), draw_images(args))
-    paths = list_images(args.images_dir)
-    copies = 1 + len(args.shrink)
-    names = [path for path in paths for _ in range(copies)]
-    write_h5(args, names, read_images(args, paths))
+            raise InputError(f"--{flag.replace('_', '-')}: is needed to make an h5 file")
+    if args.synthetic:  # an evaluation file gets other pictures for a seed
+        first = 1_000_000 * args.eval + 10_000 * args.seed
+        names = list(range(first, first + args.synthetic))
+        images = map(dead_leaves, names)
+    else:
+        folders = expand(args.images_dir)
+        for folder in folders:
+            if not folder.is_dir():
+                raise InputError(f"{folder}: no such folder")
+        names = find_images(folders)
+        check_outputs([("--output-path", args.output_path)], names)
+        images = map(open_image, names)
+    named = with_copies(zip(names, images), args.shrink)
+    named = tqdm(named, "pictures", len(names) * (1 + len(args.shrink)), disable=None)
+    how = args.scale, args.num_channels, args.degradation
+    pairs = ((name, *degraded_pair(image, *how)) for name, image in named)
+    attributes = {"scale": args.scale, "degradation": args.degradation, "version": VERSION}
+    append = append_picture
+    if not args.eval:
+        append = partial(append_patches, size=args.patch_size, stride=args.stride)
+        attributes |= {"patch_size": args.patch_size, "stride": args.stride}
+    count = write_h5(args.output_path, pairs, append, attributes)
+    what = "pictures" if args.eval else "patches"
+    print(f"{args.output_path}: {count} {what} for x{args.scale}")
 
 
 if __name__ == "__main__":
-    run(main, get_args_parser().parse_args)
+    run(lambda: main(get_args_parser().parse_args()))

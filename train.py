@@ -9,35 +9,36 @@ history.csv (a row per epoch).
 """
 
 import argparse
+import copy
 import io
 import math
 import os
-import signal
 import time
-import timeit
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
 import torch.distributed as dist
-
-# Imported after the process group is made, as an optimizer would do it, its functions'
-# defaults keep the group, and its threads live on into the interpreter's end.
-import torch.distributed.nn
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from datasets import Batches, H5Patches, read_eval_pairs
-from models import INITS, SRCNN, evaluate, load_srcnn, pick_device
+from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import (
+    ArgumentParser,
     InputError,
-    int_at_least,
-    mean,
+    check_outputs,
+    exit_by_signal,
+    expand,
     number,
-    parser_for,
+    on_stop_signals,
+    reading,
     run,
     shaved_psnr,
     to_8bit,
@@ -45,18 +46,181 @@ from utils import (
     write_whole,
 )
 
-LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
-ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a share of Muon's
-LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
-NUM_EPOCHS = 400
+if dist.is_available():
+    # Imported after the process group is made, as an optimizer would do it, its functions'
+    # defaults keep the group, and its threads live on into the interpreter's end.
+    import torch.distributed.nn
+
 CHECK_EVERY = 20  # steps between looks at the loss, and between the ranks' agreements
 COLUMNS = ("epoch", "loss", "psnr", "learning_rate", "seconds")
-# A resumed run may change where it runs, how long, and what it writes beside weights.
-FREE = {"resume", "num_epochs", "minutes", "device", "num_workers", "stream"}
-FREE |= {"outputs_dir", "save_every", "tensorboard"}
 
 
-# --- optimizers -----------------------------------------------------------------------
+@dataclass
+class Counters:
+    """Where a run is; last.pth keeps it."""
+
+    epoch: int = 1  # the epoch under way
+    step: int = 0  # its steps done
+    steps: int = 0  # all steps done
+    seconds: float = 0.0  # of training and evaluation
+    best: float = -math.inf  # the PSNR of best.pth
+    loss_sum: float = 0.0  # of the epoch under way
+    history: list = field(default_factory=list)  # a dict per epoch, of COLUMNS
+
+
+def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> int:
+    """A run, from its h5 files to best.pth.
+
+    Order and flips of the patches follow from the seed and the epoch's number: there is no
+    random state to keep.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run.
+    """
+    distributed = "RANK" in os.environ
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    batches, pairs, data = load_data(args, device, rank, world_size)
+    torch.manual_seed(args.seed)
+    model = initial_model(args, batches.patches.patch_shape[0])
+    model = model.to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
+    optimizers = make_optimizers(model, args.optimizer, args.lr)
+    counters, best = Counters(), weights_of(model)
+    folder = run_folder(args)
+    board = open_board(folder) if args.tensorboard and rank == 0 else None
+    if checkpoint:
+        counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
+    elif rank == 0:
+        counters.best, _ = evaluate(average, pairs, args.scale)
+    network = DistributedDataParallel(model) if distributed else model
+
+    def save() -> None:
+        """Write the run's files; last.pth is the truth, from which a resume mends the others."""
+        check_finite(counters, optimizers)
+        state = {"version": VERSION, "args": saved_args(args), "counters": asdict(counters)}
+        state |= {"data": data, "ran": {"bf16": bool(args.bf16), "world_size": world_size}}
+        state |= {"model": model.state_dict(), "best": best}
+        state["average"] = average.state_dict() if args.ema else None
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        if rank == 0:
+            write_whole(folder / "last.pth", to_bytes(state))
+            write_results(folder, state)
+
+    if rank == 0:
+        if checkpoint:
+            write_results(folder, checkpoint)
+        else:
+            with moved_aside(folder):
+                save()
+        bicubic = fmean(shaved_psnr(ilr, hr, args.scale) for ilr, hr in pairs)
+        where = "streamed" if batches.stream else f"on {device}"
+        print(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB", flush=True)
+    received = remember_signals()
+    while counters.step or planned(args, counters, len(batches)) < 1:
+        epoch = batches.epoch(counters.epoch, counters.step)
+        title = f"epoch {counters.epoch}"
+        bar = tqdm(epoch, title, len(batches), False, initial=counters.step, disable=rank or None)
+        started = time.perf_counter() - counters.seconds
+        loss_sum = torch.tensor(counters.loss_sum, device=device)
+        for ilr, hr in bar:
+            progress = planned(args, counters, len(batches))
+            set_learning_rate(optimizers, args, counters.steps, progress)
+            with torch.autocast(device.type, torch.bfloat16, enabled=progress < args.bf16):
+                restored = network(ilr, valid=True)
+            loss = F.mse_loss(restored.float(), hr)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            # The paper's loss, to which its rates for SGD belong, sums over the pixels.
+            (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            if args.ema:
+                with torch.no_grad():
+                    weight = 1 - args.ema if counters.steps else 1.0
+                    pair = list(average.parameters()), list(model.parameters())
+                    torch._foreach_lerp_(*pair, weight)
+            loss_sum += loss.detach()
+            counters.step, counters.steps = counters.step + 1, counters.steps + 1
+            if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
+                counters.loss_sum = loss_sum.item()
+                check_finite(counters, optimizers)
+                bar.set_postfix(loss=f"{counters.loss_sum / counters.step:.6f}")
+            if counters.steps % CHECK_EVERY == 0 or not distributed:
+                counters.seconds = time.perf_counter() - started
+                if distributed:
+                    agree(counters, received, loss_sum)
+                if received or planned(args, counters, len(batches)) >= 1:
+                    break
+        counters.seconds = time.perf_counter() - started
+        if distributed:
+            agree(counters, received, loss_sum)
+            dist.all_reduce(loss_sum)
+            loss_sum /= world_size
+        counters.loss_sum = loss_sum.item()
+        if received:
+            save()
+            if rank == 0:
+                print(f"stopped; go on with: python train.py --resume {folder / 'last.pth'}")
+            return 128 + received[0]
+        check_finite(counters, optimizers)
+        if rank == 0:
+            score, picture = evaluate(average, pairs, args.scale)
+            counters.seconds = time.perf_counter() - started
+            rate = optimizers[0].param_groups[0]["lr"]
+            loss = counters.loss_sum / max(counters.step, 1)
+            row = dict(zip(COLUMNS, (counters.epoch, loss, score, rate, counters.seconds)))
+            counters.history.append(row)
+            if score > counters.best:
+                counters.best, best = score, weights_of(average)
+            if args.save_every and counters.epoch % args.save_every == 0:
+                write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
+            if board:
+                add_to_board(board, pairs[0], picture, row)
+            text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
+            text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
+            print(text.format(**row), flush=True)
+        counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
+        save()
+        if distributed:
+            agree(counters, received, loss_sum)
+    if rank == 0:
+        print(f"{folder / 'best.pth'}: {counters.best:.3f} dB, bicubic {bicubic:.2f} dB")
+    return 0
+
+
+def evaluate(model: SRCNN, pairs: list, scale: int) -> tuple[float, np.ndarray]:
+    """Mean PSNR in dB of (ilr, hr) pictures, by the paper's protocol; the first, restored."""
+    first, scores = None, []
+    for ilr, hr in pairs:
+        restored = restore(model, ilr)
+        first = restored if first is None else first
+        scores.append(shaved_psnr(restored, hr, scale))
+    return fmean(scores), first
+
+
+def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
+    """How much of the planned training is done, 0..1."""
+    if args.minutes:
+        return min(1.0, counters.seconds / (60 * args.minutes))
+    steps = args.steps or (args.num_epochs or NUM_EPOCHS) * steps_per_epoch
+    return min(1.0, counters.steps / steps)
+
+
+def check_finite(counters: Counters, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Stop a run whose loss is not finite; best.pth and last.pth stay those of before."""
+    if not math.isfinite(counters.loss_sum):
+        rate = optimizers[0].param_groups[0]["lr"]
+        where = f"in epoch {counters.epoch} at a learning rate of {rate:.2g}"
+        cure = "try a lower --lr, a longer --warmup or --init identity"
+        raise InputError(f"--lr: the loss is not finite {where}; {cure}")
+
+
+# --- recipe: start, optimizers, schedule ----------------------------------------------------
+
+LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
+ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a fraction of Muon's
+LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
+NUM_EPOCHS = 400  # the forks'
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,7 +250,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearly U V^T of the singular value decomposition U S V^T, by Newton-Schulz steps.
 
-    The singular values come out between 0.7 and 1.2.
+    The quintic's coefficients are Jordan's: chosen for speed, so that five steps bring
+    singular values from above 0.003 of the norm to between 0.6 and 1.2, not to exactly 1.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
@@ -96,40 +261,44 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x if wide is matrix else x.T
 
 
-def make_optimizers(
-    model: SRCNN, name: str, rate: float
-) -> list[torch.optim.Optimizer]:
-    """The optimizers of a recipe; each group keeps its full learning rate as `peak`."""
+def make_optimizers(model: SRCNN, name: str, rate: float) -> list[torch.optim.Optimizer]:
+    """The optimizers of a recipe; each group keeps its full learning rate as `full_lr`."""
     *hidden, last = model.layers
     if name == "muon":
-        rest = [layer.bias for layer in hidden] + list(last.parameters())
+        others = [layer.bias for layer in hidden] + list(last.parameters())
         muon = Muon([layer.weight for layer in hidden], rate)
-        optimizers = [muon, torch.optim.Adam(rest, rate * ADAM_IN_MUON)]
+        optimizers = [muon, torch.optim.Adam(others, rate * ADAM_IN_MUON)]
     else:
-        first = [p for layer in hidden for p in layer.parameters()]
-        groups = [
-            {"params": first},
-            {"params": last.parameters(), "lr": rate * LAST_LAYER},
-        ]
-        if name == "adam":
-            optimizers = [torch.optim.Adam(groups, rate)]
-        else:
-            optimizers = [torch.optim.SGD(groups, rate, momentum=0.9)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+        first = {"params": [p for layer in hidden for p in layer.parameters()]}
+        groups = [first, {"params": last.parameters(), "lr": rate * LAST_LAYER}]
+        adam = name == "adam"
+        optimizer = torch.optim.Adam if adam else torch.optim.SGD
+        optimizers = [optimizer(groups, rate, **({} if adam else {"momentum": 0.9}))]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["full_lr"] = group["lr"]
     return optimizers
+
+
+def set_learning_rate(
+    optimizers: list[torch.optim.Optimizer], args: argparse.Namespace, steps: int, progress: float
+) -> None:
+    """Linear warm-up, then constant or half a cosine down to zero."""
+    factor = min(1.0, (steps + 1) / (args.warmup + 1))
+    if args.schedule == "cosine":
+        factor *= 0.5 * (1 + math.cos(math.pi * progress))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = group["full_lr"] * factor
 
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     """The network to start from; --init may name a weights file to go on from."""
     known = args.init in INITS
-    init = args.init if known else "identity"
     try:
+        init = args.init if known else "identity"
         model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
     except ValueError as error:
         raise InputError(f"--kernel-sizes, --filters: {error}") from error
-    if known or args.resume:  # the checkpoint holds what has become of the file
+    if known or args.resume is not None:  # the checkpoint holds what has become of the file
         return model
     if not Path(args.init).is_file():
         names = ", ".join(INITS)
@@ -142,96 +311,72 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     return model
 
 
-# --- a run ----------------------------------------------------------------------------
+# --- files: data, checkpoint, weights, TensorBoard ------------------------------------------
+
+VERSION = 1  # of last.pth
 
 
-class Training:
-    """All that a run holds and last.pth keeps.
+def load_data(
+    args: argparse.Namespace, device: torch.device, rank: int, world_size: int
+) -> tuple[Batches, list, dict]:
+    """Batches to train on, pairs to evaluate on, and what both files say of themselves."""
+    if args.batch_size % world_size:
+        raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
+    halo = sum(size // 2 for size in args.kernel_sizes)
+    patches = H5Patches(expand(args.train_file), args.scale, halo)
+    pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
+    if len(patches) < world_size:
+        raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
+    channels = patches.patch_shape[0]
+    if any((1 if hr.ndim == 2 else len(hr)) != channels for _, hr in pairs):
+        raise InputError(f"{args.eval_file}: has other channels than --train-file")
+    if any(min(hr.shape[-2:]) <= 2 * args.scale for _, hr in pairs):
+        raise InputError(f"{args.eval_file}: holds a picture too small to measure")
+    flow = {"num_workers": args.num_workers, "stream": args.stream}
+    flow |= {"augment": args.augment, "crop": halo, "rank": rank, "world_size": world_size}
+    batches = Batches(patches, args.batch_size, args.seed, device, **flow)
+    data = {
+        "train": {"shape": [len(patches), *patches.patch_shape], **patches.attributes},
+        "eval": {"shape": [list(hr.shape) for _, hr in pairs], **attributes},
+    }
+    return batches, pairs, data
 
-    Order and flips of the patches follow from the seed and the epoch's number: there is
-    no random state to keep.
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where a run writes: outputs-dir/xS; a resumed run where its checkpoint lies."""
+    if args.outputs_dir is None:
+        return Path(args.resume).parent
+    return Path(args.outputs_dir, f"x{args.scale}")
+
+
+@contextmanager
+def moved_aside(folder: Path) -> Iterator[None]:
+    """Rename a folder that holds an older run, so that nothing of it is overwritten.
+
+    It is renamed back where the new run cannot write.
     """
+    if not any((folder / name).exists() for name in ("best.pth", "last.pth", "history.csv")):
+        yield
+        return
+    aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{folder}-{i}")))
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        reason = f"holds an older run and cannot be renamed ({error.strerror})"
+        raise InputError(f"{folder}: {reason}; name another --outputs-dir") from error
+    try:
+        yield
+    except BaseException:
+        aside.rename(folder)
+        raise
+    print(f"{folder}: held an older run, which is now {aside}", flush=True)
 
-    def __init__(
-        self, args: argparse.Namespace, num_channels: int, device: torch.device
-    ) -> None:
-        torch.manual_seed(args.seed)
-        self.args = args
-        self.folder = Path(args.outputs_dir, f"x{args.scale}")
-        model = initial_model(args, num_channels)
-        self.model = model.to(device, memory_format=torch.channels_last)
-        self.average = None
-        if args.ema:
-            blend = get_ema_multi_avg_fn(args.ema)
-            self.average = AveragedModel(self.model, multi_avg_fn=blend)
-        rate = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
-        self.optimizers = make_optimizers(self.model, args.optimizer, rate)
-        self.bf16 = args.bf16
-        if args.bf16 and bf16_is_slow(device):
-            say("--bf16: slower than float32 on this CPU, which is used instead")
-            self.bf16 = 0
-        self.epoch, self.step = 1, 0  # the epoch under way and its steps done
-        self.steps = 0  # all steps done
-        self.loss_sum = torch.zeros((), device=device)  # of this epoch
-        self.best = -math.inf
-        self.seconds = 0.0  # of training, evaluation included
-        self.history: list[dict] = []
 
-    @property
-    def result(self) -> SRCNN:
-        """The network to evaluate and keep: the running average where there is one."""
-        return self.average.module if self.average else self.model
-
-    def progress(self, steps_per_epoch: int) -> float:
-        """How much of the planned training is done, 0..1."""
-        if self.args.minutes:
-            return min(1.0, self.seconds / (60 * self.args.minutes))
-        epochs = self.args.num_epochs or NUM_EPOCHS
-        return min(1.0, self.steps / (epochs * steps_per_epoch))
-
-    def set_learning_rate(self, progress: float) -> None:
-        """Linear warm-up, then constant or half a cosine down to zero."""
-        factor = min(1.0, (self.steps + 1) / (self.args.warmup + 1))
-        if self.args.schedule == "cosine":
-            factor *= 0.5 * (1 + math.cos(math.pi * progress))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-
-    def state_dict(self) -> dict:
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average and self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "counters": (self.epoch, self.step, self.steps, self.best, self.seconds),
-            "loss_sum": self.loss_sum,
-            "history": self.history,
-            "args": vars(self.args),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        if self.average:
-            self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        self.epoch, self.step, self.steps, self.best, self.seconds = state["counters"]
-        self.loss_sum = state["loss_sum"].to(self.loss_sum.device)
-        self.history = state["history"]
-
-    def check_finite(self) -> None:
-        """Stop a run whose loss is not finite; best.pth keeps the weights of before."""
-        if not self.loss_sum.isfinite():
-            rate = self.optimizers[0].param_groups[0]["lr"]
-            cure = "try a lower --lr, a longer --warmup or --init identity"
-            where = f"in epoch {self.epoch} at a learning rate of {rate:.2g}"
-            raise InputError(f"--lr: the loss is not finite {where}; {cure}")
-
-    def save(self) -> None:
-        """Write last.pth, from which --resume goes on."""
-        self.check_finite()
-        if is_main():
-            write_whole(self.folder / "last.pth", to_bytes(self.state_dict()))
+def write_results(folder: Path, state: dict) -> None:
+    """Write what last.pth's content holds of the other files."""
+    write_whole(folder / "best.pth", to_bytes(state["best"]))
+    if state["counters"]["history"]:
+        write_csv(folder / "history.csv", COLUMNS, state["counters"]["history"])
 
 
 def to_bytes(content: dict) -> bytes:
@@ -241,343 +386,210 @@ def to_bytes(content: dict) -> bytes:
     return buffer.getvalue()
 
 
-def weights_of(model: SRCNN) -> bytes:
-    """A weights file's content: a plain state dict in the default memory format."""
+def weights_of(model: SRCNN) -> dict[str, torch.Tensor]:
+    """A weights file's content: a copy of the plain state dict, in the default layout."""
     state = model.state_dict().items()
-    return to_bytes({name: value.cpu().contiguous() for name, value in state})
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state}
 
 
-class StopRequest:
-    """Remembers SIGINT or SIGTERM, so that the step under way ends first."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for caught in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(caught, self._remember)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.signal = number
-
-
-# --- training -------------------------------------------------------------------------
+def load_checkpoint(path: Path, defaults: dict) -> dict:
+    """The content of a last.pth, its arguments checked to be like the `defaults`."""
+    with reading(path, "checkpoint", "name a last.pth of train.py, or train without --resume"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "args" in checkpoint and checkpoint.get("version") != VERSION:
+            cure = "train anew, or go on from its weights with --init"
+            raise InputError(f"{path}: is from an earlier version of train.py; {cure}")
+        check_types(checkpoint["args"], defaults)
+        check_types(checkpoint["counters"], asdict(Counters()))
+    return checkpoint
 
 
-def train_one_epoch(
-    training: Training, network: nn.Module, batches: Batches, stop: StopRequest
-) -> bool:
-    """Train to the end of the epoch, of the time budget, or to a stop request.
+def check_types(values: dict, examples: dict) -> None:
+    """Raise a TypeError or KeyError where a value is not of its example's type."""
+    for name, value in values.items():
+        if None not in (value, examples[name]) and type(value) is not type(examples[name]):
+            raise TypeError(f"{name} is {value!r}")
 
-    Returns:
-        True where the epoch or the budget is done, False after a stop request.
+
+def load_run(
+    path: str, checkpoint: dict, data: dict, model: SRCNN, average: SRCNN, optimizers: list
+) -> tuple[Counters, dict]:
+    """Put a checkpoint's state where it belongs; returns counters and the best weights."""
+    for name in ("train", "eval"):
+        if checkpoint["data"][name] != data[name]:
+            difference = "is not the file that the run began with: shapes or attributes differ"
+            raise InputError(f"--{name}-file: {difference}; name that one")
+    with reading(path, "checkpoint", "its parts do not fit together; train anew"):
+        model.load_state_dict(checkpoint["model"])
+        if average is not model:
+            average.load_state_dict(checkpoint["average"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
+    if "RANK" not in os.environ or dist.get_rank() == 0:
+        print(f"{path}: going on in epoch {counters.epoch}, step {counters.step}", flush=True)
+    return counters, best
+
+
+def open_board(folder: Path) -> object:
+    """TensorBoard's writer.
+
+    Raises:
+        InputError: it is not installed.
     """
-    args, started = training.args, time.perf_counter() - training.seconds
-    distributed, on_cuda = dist.is_initialized(), training.loss_sum.is_cuda
-    bar = tqdm(
-        batches.epoch(training.epoch, training.step),
-        f"epoch {training.epoch}",
-        len(batches),
-        initial=training.step,
-        leave=False,
-        disable=None if is_main() else True,
-    )
-    for lr, hr in bar:
-        progress = training.progress(len(batches))
-        training.set_learning_rate(progress)
-        coarse = progress < training.bf16
-        with torch.autocast(lr.device.type, torch.bfloat16, enabled=coarse):
-            restored = network(lr, valid=True)
-        loss = F.mse_loss(restored.float(), hr)
-        for optimizer in training.optimizers:
-            optimizer.zero_grad()
-        # The paper's loss, to which its rates for SGD belong, sums over the pixels.
-        (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
-        for optimizer in training.optimizers:
-            optimizer.step()
-        if training.average:
-            training.average.update_parameters(training.model)
-        training.loss_sum += loss.detach()
-        training.step, training.steps = training.step + 1, training.steps + 1
-        look = training.steps % CHECK_EVERY == 0
-        if look and not on_cuda:  # on CUDA a look would wait for the device
-            training.check_finite()
-            bar.set_postfix(loss=f"{training.loss_sum.item() / training.step:.6f}")
-        if look or not distributed:
-            training.seconds = time.perf_counter() - started
-            if distributed:
-                agree(training, stop)
-            if stop.signal:
-                return False
-            if training.progress(len(batches)) >= 1:
-                break
-    training.seconds = time.perf_counter() - started
-    if distributed:
-        agree(training, stop)
-    return True
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        cure = "pip install tensorboard"
+        raise InputError(f"--tensorboard: is not installed; {cure}") from error
+    return SummaryWriter(folder / "tensorboard")
 
 
-def agree(training: Training, stop: StopRequest) -> None:
-    """Give every rank the same clock and stop request, or one would wait for ever."""
-    shared = torch.tensor([training.seconds, float(stop.signal)]).to(training.loss_sum)
+def add_to_board(board: object, pair: tuple, restored: np.ndarray, row: dict) -> None:
+    """An epoch's row, and the first picture as bicubic | SRCNN | original."""
+    ilr, hr = pair
+    side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
+    layout = "HW" if hr.ndim == 2 else "CHW"
+    title = "bicubic, SRCNN, original"
+    board.add_image(title, side_by_side, row["epoch"], dataformats=layout)
+    for name in COLUMNS[1:]:
+        board.add_scalar(name, row[name], row["epoch"])
+    board.flush()
+
+
+# --- processes, signals, arguments ----------------------------------------------------------
+
+
+def agree(counters: Counters, received: list[int], like: torch.Tensor) -> None:
+    """Give every rank the same clock and signal, or one would wait for ever."""
+    number = received[0] if received else 0
+    shared = torch.tensor([counters.seconds, number], dtype=torch.float64).to(like)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
-    training.seconds, stop.signal = shared[0].item(), int(shared[1].item())
+    counters.seconds = shared[0].item()
+    received[:] = [int(shared[1].item())] * bool(shared[1])
 
 
-def finish_epoch(training: Training, pairs: list, board: "Board | None") -> None:
-    """Evaluate, keep the best weights, write the epoch's files, turn to the next."""
-    if dist.is_initialized():
-        dist.all_reduce(training.loss_sum)
-        training.loss_sum /= dist.get_world_size()
-    training.check_finite()
-    if is_main():
-        row = score_epoch(training, pairs)
-        text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
-        text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
-        say(text.format(**row))
-        if board:
-            board.add(training, pairs[0], row)
-    training.epoch, training.step = training.epoch + 1, 0
-    training.loss_sum.zero_()
-    training.save()
+def remember_signals() -> list[int]:
+    """The signals received from now on: the step under way ends first; a second ends at once."""
+    received = []
+
+    def remember(number: int, frame: object) -> None:
+        received.append(number)
+        on_stop_signals(exit_by_signal)
+
+    on_stop_signals(remember)
+    return received
 
 
-def score_epoch(training: Training, pairs: list) -> dict:
-    """Evaluate and write weights and history.csv; returns the epoch's row."""
-    started, args, folder = time.perf_counter(), training.args, training.folder
-    score = evaluate_set(training.result, pairs, args.scale)
-    rate = training.optimizers[0].param_groups[0]["lr"]
-    loss = training.loss_sum.item() / max(training.step, 1)
-    training.seconds += time.perf_counter() - started
-    row = dict(zip(COLUMNS, (training.epoch, loss, score, rate, training.seconds)))
-    training.history.append(row)
-    if score > training.best:
-        training.best = score
-        write_whole(folder / "best.pth", weights_of(training.result))
-    if args.save_every and training.epoch % args.save_every == 0:
-        name = f"epoch_{training.epoch}.pth"
-        write_whole(folder / name, weights_of(training.result))
-    write_csv(folder / "history.csv", COLUMNS, training.history)
-    return row
-
-
-def evaluate_set(model: SRCNN, pairs: list, scale: int) -> float:
-    """Mean PSNR in dB of a set of (ilr, hr) pictures, by the paper's protocol."""
-    return mean([evaluate(model, ilr, hr, scale)[1] for ilr, hr in pairs])
-
-
-class Board:
-    """TensorBoard, where wanted and installed: scalars and a picture per epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            cure = "pip install tensorboard"
-            raise InputError(f"--tensorboard: is not installed; {cure}") from error
-        self.writer = SummaryWriter(folder / "tensorboard")
-
-    def add(self, training: Training, pair: tuple, row: dict) -> None:
-        """The epoch's row, and the first picture as bicubic | SRCNN | original."""
-        ilr, hr = pair
-        restored, _ = evaluate(training.result, ilr, hr, training.args.scale)
-        side_by_side = np.concatenate([to_8bit(ilr), restored, hr], axis=-1) / 255
-        layout = "HW" if hr.ndim == 2 else "CHW"
-        self.writer.add_image(
-            "bicubic, SRCNN, original", side_by_side, row["epoch"], dataformats=layout
-        )
-        for name in COLUMNS[1:]:
-            self.writer.add_scalar(name, row[name], row["epoch"])
-        self.writer.flush()
-
-
-# --- processes and devices ------------------------------------------------------------
-
-
-def is_main() -> bool:
-    """Whether this process evaluates, writes and prints."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(text: str) -> None:
-    """Print a line, once for all ranks."""
-    if is_main():
-        print(text, flush=True)
-
-
-def bf16_is_slow(device: torch.device) -> bool:
-    """Whether the CPU only emulates bfloat16, which can be a hundred times slower."""
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; others emulate it, far slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
-        return False
-    times = []
-    for dtype in (torch.float32, torch.bfloat16):
-        names = {"square": torch.ones(256, 256, dtype=dtype)}
-        times.append(min(timeit.repeat("square @ square", number=1, globals=names)))
-    return times[1] > times[0]
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def join_process_group(device: torch.device) -> tuple[int, int]:
-    """(rank, world size), by torchrun's environment variables."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size()
-
-
-# --- command line ---------------------------------------------------------------------
+# A resumed run may change where it runs, how long, where data lies, what is written beside.
+LENGTHS = {"num_epochs", "minutes", "steps"}
+FREE = LENGTHS | {"resume", "train_file", "eval_file", "device", "num_workers", "stream"}
+FREE |= {"outputs_dir", "save_every", "tensorboard"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = parser_for(__doc__)
-    add = parser.add_argument
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument_group("data").add_argument
     add("--train-file", nargs="+", metavar="FILE", help="one or several h5 files")
     add("--eval-file", metavar="FILE", help="h5 file of prepare.py --eval")
+    add("--scale", type=number(int, 2, 65), default=3, help="(default: 3)")
+    add("--batch-size", type=number(int, 1), default=16, help="of all ranks together")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="turn and flip")
+    add("--seed", type=number(int, 0, 1 << 32), default=123, help="(default: 123)")
+
+    group = parser.add_argument_group("recipe")
+    add = group.add_argument
+    length = group.add_mutually_exclusive_group()
+    epochs = f"the schedule is planned over them (default: {NUM_EPOCHS})"
+    length.add_argument("--num-epochs", type=number(int, 1), metavar="N", help=epochs)
+    length.add_argument("--steps", type=number(int, 1), metavar="N", help="that many instead")
+    minutes = "train that long instead"
+    length.add_argument("--minutes", type=number(float, 1e-3), metavar="M", help=minutes)
+    add("--optimizer", choices=tuple(LEARNING_RATES), default="adam", help="(default: adam)")
+    add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
+    add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
+    add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
+    add("--ema", type=number(float, 0, 1), default=0.995, help="average of weights; 0: none")
+    bf16 = "the first 0.7 (or that much) of training in bfloat16: there twice as fast"
+    add("--bf16", type=number(float, 0, 1.01), nargs="?", const=0.7, default=0.0, help=bf16)
+
+    add = parser.add_argument_group("network").add_argument
+    add("--filters", type=number(int, 1), nargs="+", default=[64, 32], metavar="N")
+    add("--kernel-sizes", type=number(int, 1), nargs="+", default=[9, 5, 5], metavar="K")
+    init = f"{', '.join(INITS)}, or weights to start from (default: identity)"
+    add("--init", default="identity", metavar="HOW|FILE", help=init)
+
+    add = parser.add_argument_group("output").add_argument
     add("--outputs-dir", default="outputs", help="(default: outputs)")
-    add("--scale", type=int_at_least(2), default=3, help="(default: 3)")
-    add("--lr", type=number(0), help=f"learning rate (default: {LEARNING_RATES})")
-    add("--batch-size", type=int_at_least(1), default=16, help="of all ranks together")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--num-epochs", type=int_at_least(1), help="(default: 400)")
-    length.add_argument("--minutes", type=number(1e-3), help="train that long instead")
-    add("--num-workers", type=int_at_least(0), default=8, help="where data is streamed")
-    add("--seed", type=int_at_least(0), default=123, help="(default: 123)")
-    add("--optimizer", choices=tuple(LEARNING_RATES), default="adam")
-    add("--schedule", choices=("cosine", "constant"), default="cosine")
-    add("--warmup", type=int_at_least(0), default=100, help="steps (default: 100)")
-    add("--ema", type=number(0, 1), default=0.995, help="average of weights; 0: none")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True)
-    share = "share of training, from its start, in bfloat16: there twice as fast (0.7)"
-    add("--bf16", type=number(0, 1.01), nargs="?", const=0.7, default=0, help=share)
-    start = f"{', '.join(INITS)}, or weights to start from (default: identity)"
-    add("--init", default="identity", metavar="HOW|FILE", help=start)
-    add("--filters", type=int_at_least(1), nargs="+", default=[64, 32], metavar="N")
-    add("--kernel-sizes", type=int_at_least(1), nargs="+", default=[9, 5, 5])
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
-    add(
-        "--stream", action=argparse.BooleanOptionalAction, help="read patches from disk"
-    )
-    add(
-        "--save-every", type=int_at_least(0), default=0, help="epochs; 0: only the best"
-    )
-    add("--tensorboard", action="store_true", help="also write TensorBoard's files")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on with last.pth")
+    every = "keep the weights of every Nth epoch, too"
+    add("--save-every", type=number(int, 0), default=0, metavar="N", help=every)
+    add("--tensorboard", action="store_true", help="also write TensorBoard's files")
+
+    add = parser.add_argument_group("where it runs").add_argument
+    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    stream = "read patches from disk (default: where they do not fit into the memory)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=stream)
+    add("--num-workers", type=number(int, 0), default=8, help="that stream (default: 8)")
     return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; with --resume those of the checkpoint are the defaults."""
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, and the checkpoint of --resume: defaults | saved | typed."""
     parser = get_args_parser()
-    args = parser.parse_args(argv)
-    if args.resume is None:
-        for flag in ("train_file", "eval_file"):
-            if getattr(args, flag) is None:
-                raise InputError(f"--{flag.replace('_', '-')}: is needed")
-        return args
-    path = Path(args.resume or Path(args.outputs_dir, f"x{args.scale}", "last.pth"))
-    saved = load_checkpoint(path)["args"]
-    defaults = dict(saved, resume=str(path))
-    if args.minutes or args.num_epochs:  # one replaces the other
-        defaults |= {"minutes": None, "num_epochs": None}
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    for name, value in saved.items():
-        if name not in FREE and getattr(args, name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag}: {path} was trained with {value}; drop the flag")
-    return args
+    defaults = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(defaults))  # None stands for what was not typed
+    typed = vars(parser.parse_args(argv))
+    typed = {name: value for name, value in typed.items() if value is not None}
+    if "resume" not in typed:
+        return argparse.Namespace(**defaults | typed), None
+    folder = Path(typed.get("outputs_dir", "outputs"), f"x{typed.get('scale', 3)}")
+    path = Path(typed["resume"] or folder / "last.pth")
+    checkpoint = load_checkpoint(path, defaults)
+    saved = checkpoint["args"]
+    for name, value in typed.items():
+        if name not in FREE and saved[name] != value:
+            flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            raise InputError(f"{flag}: {path} was trained with {saved[name]}; drop the flag")
+    if LENGTHS & typed.keys():  # one replaces the other
+        saved = saved | dict.fromkeys(LENGTHS)
+    known = defaults | saved | {"outputs_dir": None} | typed | {"resume": str(path)}
+    return argparse.Namespace(**known), checkpoint
 
 
-def load_checkpoint(path: Path) -> dict:
-    """The content of a last.pth."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; train without --resume first")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("args", *saved)}
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"{path}: no checkpoint of train.py, or damaged") from error
+def saved_args(args: argparse.Namespace) -> dict:
+    """The arguments as last.pth keeps them."""
+    return {name: value for name, value in vars(args).items() if name != "resume"}
 
 
-def load_data(
-    args: argparse.Namespace, device: torch.device, rank: int, world_size: int
-) -> tuple[Batches, list]:
-    """The batches to train on and the pairs to evaluate on, checked against each other."""
-    if args.batch_size % world_size:
-        cure = f"must be a multiple of the {world_size} processes"
-        raise InputError(f"--batch-size: {cure}")
-    halo = sum(size // 2 for size in args.kernel_sizes)
-    patches = H5Patches(args.train_file, args.scale, halo)
-    pairs = read_eval_pairs(args.eval_file, args.scale)
-    if len(patches) < world_size:
-        raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
-    channels = patches.patch_shape[0]
-    if any((1 if hr.ndim == 2 else len(hr)) != channels for _, hr in pairs):
-        raise InputError(f"{args.eval_file}: has other channels than --train-file")
-    if any(min(hr.shape[-2:]) <= 2 * args.scale for _, hr in pairs):
-        raise InputError(f"{args.eval_file}: holds a picture too small to measure")
-    batches = Batches(
-        patches,
-        args.batch_size,
-        args.seed,
-        device,
-        augment=args.augment,
-        crop=halo,
-        num_workers=args.num_workers,
-        stream=args.stream,
-        rank=rank,
-        world_size=world_size,
-    )
-    return batches, pairs
-
-
-def begin(args: argparse.Namespace, training: Training, pairs: list) -> None:
-    """Go on from --resume's checkpoint, or write the files that a run starts with."""
-    if args.resume:
-        training.load_state_dict(load_checkpoint(Path(args.resume)))
-        say(f"{args.resume}: going on in epoch {training.epoch}, step {training.step}")
-    elif is_main():
-        training.best = evaluate_set(training.result, pairs, args.scale)
-        write_whole(training.folder / "best.pth", weights_of(training.result))
-        training.save()
-
-
-def fit(training: Training, batches: Batches, pairs: list, board: Board | None) -> int:
-    """Train to the plan's end or to a stop request; returns the exit status.
-
-    DistributedDataParallel ends with this function, before the process group: freed
-    after it, it would wait for gloo's threads, which may be waiting for Python.
-    """
-    stop, network = StopRequest(), training.model
-    if dist.is_initialized():
-        network = DistributedDataParallel(network)
-    while training.step or training.progress(len(batches)) < 1:
-        if not train_one_epoch(training, network, batches, stop):
-            training.save()
-            last = training.folder / "last.pth"
-            say(f"stopped; go on with: python train.py --resume {last}")
-            return 128 + stop.signal
-        finish_epoch(training, pairs, board)
-        if dist.is_initialized():
-            agree(training, stop)
-    return 0
-
-
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
+    for flag in ("train_file", "eval_file"):
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag.replace('_', '-')}: is needed")
+    args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
+    folder = run_folder(args)
+    outputs = [("--outputs-dir", folder / name) for name in ("best.pth", "last.pth")]
+    check_outputs(outputs, [*expand(args.train_file), args.eval_file])
     device = pick_device(args.device)
-    rank, world_size = join_process_group(device)
-    batches, pairs = load_data(args, device, rank, world_size)
-    training = Training(args, batches.patches.patch_shape[0], device)
-    board = Board(training.folder) if args.tensorboard and is_main() else None
-    begin(args, training, pairs)
-    bicubic = mean([shaved_psnr(*pair, args.scale) for pair in pairs])
-    where = "streamed" if batches.stream else f"on {device}"
-    say(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB")
-    status = fit(training, batches, pairs, board)
-    if not status:
-        best = training.folder / "best.pth"
-        say(f"{best}: {training.best:.3f} dB, bicubic {bicubic:.2f} dB")
-    if dist.is_initialized():
+    torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
+    if args.bf16 and not has_bf16(device):
+        print("--bf16: slow here, this device has no instructions for it", flush=True)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    status = train(args, device, checkpoint)
+    if "RANK" in os.environ:
         dist.destroy_process_group()
     return status
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run(lambda: main(*parse_args()))

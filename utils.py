@@ -1,17 +1,21 @@
-"""Colour, resampling, metrics, pictures, and files that appear whole or not at all.
+"""The paper's protocol, pictures, files that appear whole or not at all, the command line.
 
-Pictures are float32 planes, C x H x W or H x W, in grey levels 0..255, unless a
-docstring says otherwise.
+Pictures are float32 planes, C x H x W or H x W, in grey levels 0..255, unless a docstring
+says otherwise. Nothing here needs torch.
 """
 
 import argparse
 import csv
+import glob
 import io
 import math
 import os
+import re
+import signal
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,82 +23,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-
-class InputError(Exception):
-    """Unusable input; the message names the file or flag and the cure, in one line."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but an error is one line on stderr, without the usage above it."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def parser_for(doc: str) -> ArgumentParser:
-    """A parser whose --help opens with a script's docstring, commands included."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return ArgumentParser(description=doc, formatter_class=layout)
-
-
-def run(
-    main: Callable[[argparse.Namespace], int | None],
-    parse_args: Callable[[], argparse.Namespace],
-) -> None:
-    """Exit with main's status, with 2 and one line for bad input, 130 for Ctrl-C."""
-    try:
-        sys.exit(main(parse_args()))
-    except InputError as error:
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def int_at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, `minimum` or more."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number of at least {minimum}"
-            )
-        return value
-
-    return parse
-
-
-def number(low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number, low or more and below high."""
-
-    def parse(text: str) -> float:
-        value = float(text)  # argparse words its ValueError
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
-        return value
-
-    return parse
-
-
-# --- colour ---------------------------------------------------------------------------
+# --- the protocol: luma, bicubic, PSNR, SSIM ------------------------------------------------
 
 # ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have
 # 64.738 / 256 for the first weight, 65.738 / 256 = 65.481 / 255: a typo that darkens red.
-BT601 = (
-    np.array(
-        [
-            [65.481, 128.553, 24.966],
-            [-37.797, -74.203, 112.0],
-            [112.0, -93.786, -18.214],
-        ]
-    )
-    / 255
-)
+BT601 = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])
+BT601 /= 255
 BT601_INVERSE = np.linalg.inv(BT601)
 BT601_OFFSET = np.array([16.0, 128.0, 128.0])
 
@@ -102,17 +36,15 @@ BT601_OFFSET = np.array([16.0, 128.0, 128.0])
 def rgb_to_ycbcr(rgb: np.ndarray) -> np.ndarray:
     """3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded."""
     dtype = np.result_type(rgb.dtype, np.float32)
-    return (
-        np.tensordot(BT601.astype(dtype), rgb, axes=1)
-        + BT601_OFFSET.astype(dtype)[:, None, None]
-    )
+    offset = BT601_OFFSET.astype(dtype)[:, None, None]
+    return np.tensordot(BT601.astype(dtype), rgb, axes=1) + offset
 
 
 def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
     """The inverse of rgb_to_ycbcr, neither rounded nor clipped."""
     dtype = np.result_type(ycbcr.dtype, np.float32)
-    shifted = ycbcr - BT601_OFFSET.astype(dtype)[:, None, None]
-    return np.tensordot(BT601_INVERSE.astype(dtype), shifted, axes=1)
+    offset = BT601_OFFSET.astype(dtype)[:, None, None]
+    return np.tensordot(BT601_INVERSE.astype(dtype), ycbcr - offset, axes=1)
 
 
 def to_8bit(levels: np.ndarray) -> np.ndarray:
@@ -120,33 +52,24 @@ def to_8bit(levels: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(levels + 0.5), 0, 255)
 
 
-# --- resampling -----------------------------------------------------------------------
-
-
-def resize(
-    planes: np.ndarray, size: tuple[int, int], round_each_axis: bool = False
-) -> np.ndarray:
+def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """MATLAB's imresize(..., 'bicubic'): a = -0.5, antialiased, edge pixels repeated.
 
     Pillow does the work on float32; the border, which it would treat in another way, is
-    padded first. Rows are resized before columns. Agrees with the float64 formula within
-    1e-3 grey levels, with MATLAB's 8-bit images bit for bit.
+    padded first. Agrees with the float64 formula within 1e-3 grey levels. Rows are resized
+    before columns: with a rounding to 8 bits after each, it is MATLAB's 8-bit picture bit for bit.
 
     Args:
         planes: H x W or C x H x W, any units.
         size: (height, width), each side a multiple or a divisor of the present one.
-        round_each_axis: round and clip after each axis, as MATLAB does in 8 bits.
 
     Raises:
         ValueError: a side that is neither multiple nor divisor.
     """
     if planes.ndim == 3:
-        return np.stack([resize(plane, size, round_each_axis) for plane in planes])
-    plane = np.asarray(planes, np.float32)
-    for length in size:  # rows, then (of the transposed picture) columns
-        plane = _resize_rows(plane, length)
-        plane = (to_8bit(plane) if round_each_axis else plane).T
-    return np.ascontiguousarray(plane)
+        return np.stack([resize(plane, size) for plane in planes])
+    rows = _resize_rows(np.asarray(planes, np.float32), size[0])
+    return np.ascontiguousarray(_resize_rows(rows.T, size[1]).T)
 
 
 def _resize_rows(plane: np.ndarray, length: int) -> np.ndarray:
@@ -154,15 +77,12 @@ def _resize_rows(plane: np.ndarray, length: int) -> np.ndarray:
     if length == old:
         return plane
     if length < 1 or (old % length and length % old):
-        raise ValueError(
-            f"cannot resize {old} rows to {length}: neither multiple nor divisor"
-        )
+        raise ValueError(f"cannot resize {old} rows to {length}: neither multiple nor divisor")
     # The kernel reaches two output pixels far when shrinking, else two input pixels.
     source, target = (2 * old // length, 2) if old > length else (2, 2 * length // old)
     padded = np.pad(plane, ((source, source), (0, 0)), mode="edge")
-    resized = Image.fromarray(padded).resize(
-        (plane.shape[1], length + 2 * target), Image.Resampling.BICUBIC
-    )
+    size = plane.shape[1], length + 2 * target
+    resized = Image.fromarray(padded).resize(size, Image.Resampling.BICUBIC)
     return np.asarray(resized)[target:-target]
 
 
@@ -178,18 +98,15 @@ def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
     return resize(resize(hr, (height // scale, width // scale)), (height, width))
 
 
-# --- metrics --------------------------------------------------------------------------
-
-
 def shave(planes: np.ndarray, border: int) -> np.ndarray:
     """Cut `border` pixels off every side (protocol step 5)."""
     return planes[..., border:-border, border:-border] if border else planes
 
 
-def psnr(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(peak^2 / MSE), or infinity."""
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), or infinity."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return 10 * math.log10(peak**2 / mse) if mse else math.inf
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int) -> float:
@@ -197,10 +114,10 @@ def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int) -> float:
     return psnr(shave(to_8bit(levels), scale), shave(hr, scale))
 
 
-def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Structural similarity (Wang et al. 2004), mean where the window fits.
 
-    11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03.
+    11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, peak 255.
 
     Raises:
         ValueError: a side shorter than the window's 11 pixels.
@@ -211,49 +128,88 @@ def ssim(a: np.ndarray, b: np.ndarray, peak: float = 255.0) -> float:
     mean_a, mean_b = _gaussian(a), _gaussian(b)
     var_a, var_b = _gaussian(a * a) - mean_a**2, _gaussian(b * b) - mean_b**2
     covariance = _gaussian(a * b) - mean_a * mean_b
-    c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    return float(
-        np.mean(similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
-    )
+    return float(np.mean(similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
 
 
 def _gaussian(planes: np.ndarray) -> np.ndarray:
     """11 x 11 Gaussian mean of sigma 1.5 where the window fits."""
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window /= window.sum()
-    rows = sum(
-        w * planes[..., i : planes.shape[-2] - 10 + i, :] for i, w in enumerate(window)
-    )
-    return sum(
-        w * rows[..., i : planes.shape[-1] - 10 + i] for i, w in enumerate(window)
-    )
+    height, width = planes.shape[-2] - 10, planes.shape[-1] - 10
+    rows = sum(w * planes[..., i : i + height, :] for i, w in enumerate(window))
+    return sum(w * rows[..., i : i + width] for i, w in enumerate(window))
 
 
-# --- pictures -------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """The files of a folder whose extension Pillow reads, by name.
+class InputError(Exception):
+    """Unusable input; the message names the file or flag and the cure, in one line."""
+
+
+@contextmanager
+def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
+    """The one boundary of every input file: whatever a decoder raises becomes one line.
+
+    Args:
+        kind: what the file should be: "picture", "h5 file", ...
+        cure: what the user can do about it.
 
     Raises:
-        InputError: no such folder, or no image in it.
+        InputError: no regular file, not readable, or not what it should be.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    readable = {
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in Image.OPEN
-    }
-    paths = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in readable and not p.name.startswith(".")
-    )
-    if not paths:
-        raise InputError(f"{folder}: no image in it; name a folder of .png, .jpg, ...")
+    try:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such {kind}; {cure}")
+        yield
+    except InputError:
+        raise
+    except PermissionError as error:
+        raise InputError(f"{path}: may not be read; change its permissions") from error
+    except MemoryError as error:
+        raise InputError(f"{path}: does not fit into the memory; take a smaller {kind}") from error
+    except Exception as error:  # decoders raise many kinds for damaged files
+        raise InputError(f"{path}: empty, truncated or no {kind}; {cure}") from error
+
+
+def expand(names: Iterable[str | Path]) -> list[Path]:
+    """Names and patterns (`shard*.h5`, which not every shell expands) as paths."""
+    paths = []
+    for name in map(str, names):
+        if not name:
+            raise InputError("a file name is empty; name a file or a folder")
+        found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        paths += map(Path, found or [name])
+    return paths
+
+
+def find_images(names: Iterable[str | Path]) -> list[Path]:
+    """The files named, and the images in the folders named, by name.
+
+    Results of test.py (NAME_srcnn_xS.png, ...) and hidden files in a folder are left out.
+
+    Raises:
+        InputError: a folder without an image.
+    """
+    readable = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    paths = []
+    for path in expand(names):
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        found = [
+            p
+            for p in sorted(path.iterdir())
+            if p.suffix.lower() in readable
+            and not p.is_dir()
+            and not p.name.startswith(".")
+            and not re.search(r"_srcnn_x\d+$", p.stem)
+        ]
+        if not found:
+            raise InputError(f"{path}: no image in it but results of test.py; name pictures")
+        paths += found
     return paths
 
 
@@ -264,23 +220,19 @@ def open_image(path: str | Path) -> Image.Image:
         InputError: missing, no image, damaged, or above Pillow's guard against
             decompression bombs.
     """
-    path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.load()
-            frames = getattr(image, "n_frames", 1)
-            upright = ImageOps.exif_transpose(image)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-        cure = "if you trust the file, raise the limit with --max-pixels"
-        raise InputError(f"{path}: {limit}; {cure}") from error
-    except Exception as error:  # decoders raise many kinds for damaged files
-        reason = "empty, truncated or another kind of file"
-        raise InputError(f"{path}: not a readable image ({reason})") from error
+    with reading(path, "picture", "name one that Pillow opens"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as image:
+                image.load()
+                frames = getattr(image, "n_frames", 1)
+                upright = ImageOps.exif_transpose(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+            cure = "if you trust the file, raise the limit with --max-pixels"
+            raise InputError(f"{path}: {limit}; {cure}") from error
+        if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
+            raise InputError(f"{path}: holds NaN or infinity; replace them by numbers")
     if frames > 1:
         print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
     return upright
@@ -329,10 +281,8 @@ def decode(image: Image.Image) -> Planes:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
-        if image.mode != "F" and 0 <= low and high <= 65535:
+        if image.mode != "F" and low >= 0 and high <= 65535:
             return Planes(values.astype(np.uint16)[None], None, 0, 65535, "I;16")
-        if not math.isfinite(high - low):
-            raise InputError("holds NaN or infinity")
         mode = "F" if image.mode == "F" else "I"
         return Planes(values[None], None, low, max(high, low + 1e-9), mode)
     grey = image.mode in ("1", "L", "LA", "La")
@@ -360,12 +310,39 @@ def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
     return levels_of(open_image(path), num_channels)
 
 
-# --- files ----------------------------------------------------------------------------
+def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Give invisible pixels the colours around them, so that no edge is seen there.
+
+    Pull and push: halve the picture by weighted means until no gap is left, then fill
+    from coarse to fine (Gortler et al., "The lumigraph", 1996).
+
+    Args:
+        planes: C x H x W.
+        weight: 1 x H x W, 0 where a pixel is invisible.
+    """
+    height, width = planes.shape[1:]
+    if weight.all() or max(height, width) == 1:
+        return planes
+
+    def resized(values: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
+        images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in values)
+        return np.stack([np.asarray(image.resize(size, how)) for image in images])
+
+    smaller = -(-width // 2), -(-height // 2)
+    mass = resized(weight, smaller, Image.Resampling.BOX)
+    means = resized(planes * weight, smaller, Image.Resampling.BOX) / np.maximum(mass, 1e-12)
+    filled = fill_transparent(means, mass)
+    return np.where(weight > 0, planes, resized(filled, (width, height), Image.Resampling.BILINEAR))
+
+
+# --- files ----------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: a file appears whole or not.
+
+    Folders are made where they are missing, and taken back where nothing is written.
 
     Raises:
         InputError: the folder or the file cannot be written, or the disk is full.
@@ -377,20 +354,36 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path))  # a link stays one
-    # The name keeps its extension: Pillow reads the format off it.
-    partial = target.with_name(f".part-{target.name}")
+    missing = [folder for folder in target.parents if not folder.exists()]
+    partial = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # The name keeps its extension: Pillow reads the format off it.
+        handle, name = tempfile.mkstemp(target.suffix, ".part-", target.parent)
+        os.close(handle)
+        partial = Path(name)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
         partial.replace(target)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise InputError(f"{path}: cannot be written ({reason})") from error
+        raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         with suppress(OSError):  # renamed, or its folder could not be made
-            partial.unlink()
+            if partial:
+                partial.unlink()
+        with suppress(OSError):  # not empty where the file was written
+            for folder in missing:
+                folder.rmdir()
+
+
+def _umask() -> int:
+    """What new files of this process may not have of 0o666."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -408,6 +401,97 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
     write_whole(path, text.getvalue().encode())
 
 
-def mean(values: Sequence[float]) -> float:
-    """The mean of the scores of a set (protocol step 6)."""
-    return sum(values) / len(values)
+def check_outputs(
+    outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
+) -> None:
+    """Refuse outputs that would overwrite an input or one another, also through links.
+
+    Args:
+        outputs: (the flag or file that asks for it, where it goes).
+    """
+    taken = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
+    for name, output in outputs:
+        place = os.path.normcase(os.path.realpath(output))
+        if place in taken:
+            raise InputError(f"{name}: would overwrite {taken[place]}; name another output")
+        taken[place] = output
+
+
+def available_memory() -> int:
+    """Bytes that may still be taken: of the machine, or of the container if that has less.
+
+    8 GB where the system does not say (no /proc, as on Windows and macOS).
+    """
+    free = [8 << 30]
+    with suppress(OSError, IndexError, ValueError):
+        text = Path("/proc/meminfo").read_text()
+        free = [1024 * int(text.split("MemAvailable:")[1].split()[0])]
+    with suppress(OSError, ValueError):  # no limit is the word "max"
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(limit) - int(used))
+    return max(0, min(free))
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but --help opens with a script's docstring, commands included, and an error
+    is one line on stderr, without the usage above it."""
+
+    def __init__(self, description: str) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=layout)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: an int or a float, `low` or more and below `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value < high:
+            limit = f"of at least {low}" if high == math.inf else f"from {low} to below {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse words kind's ValueError with it
+    return parse
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Exit with main's status, with 2 and one line for bad input, with 128 + N for signal N."""
+    on_stop_signals(exit_by_signal)
+    with suppress(AttributeError):  # names that the terminal cannot print are escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main())
+    except InputError as error:
+        report(error)
+        sys.exit(2)
+
+
+def on_stop_signals(handler: Callable | signal.Handlers) -> None:
+    """Handle what ends a program: Ctrl-C, a batch system's SIGTERM, a closing terminal."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), handler)
+
+
+def exit_by_signal(number: int, frame: object) -> None:
+    """A signal handler that ends the program by SystemExit: partial files are removed."""
+    sys.exit(128 + number)
+
+
+def ignore_signals(worker: int) -> None:
+    """A DataLoader's worker_init_fn: what signals mean is the parent's to decide."""
+    on_stop_signals(signal.SIG_IGN)
+
+
+def report(error: InputError) -> None:
+    """Print an error as one line on stderr, names quoted exactly."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)

@@ -31,9 +31,7 @@ def draw_chart() -> Image.Image:
         box = [c + sign * r for sign in (-1, 1) for c in centre]
         draw.ellipse(box, outline=(20, 90, 120), width=(1 + i // 3) * FACTOR)
     base = 176 * FACTOR
-    curve = [
-        (x, base - 44 * FACTOR - 22 * FACTOR * math.sin(x / 70)) for x in range(big)
-    ]
+    curve = [(x, base - 44 * FACTOR - 22 * FACTOR * math.sin(x / 70)) for x in range(big)]
     right = [point for point in curve if point[0] > 96 * FACTOR]
     draw.line(right, (40, 120, 60), 2 * FACTOR, joint="curve")
     for i in range(10):  # bars, one to three pixels wide

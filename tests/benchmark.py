@@ -2,7 +2,7 @@
 
 python tests/benchmark.py train
 python tests/benchmark.py upscale
-python tests/benchmark.py time-to-psnr --target 32.39 --target 32.75 -- --optimizer muon --bf16 --minutes 4
+python tests/benchmark.py time-to-psnr -- --optimizer muon --bf16 --minutes 4
 """
 
 import argparse
@@ -84,9 +84,7 @@ def their_loop(path: Path, device: torch.device, seconds: float) -> float:
     last = nn.Conv2d(32, 1, 5, padding=2)
     model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), last).to(device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
-    loader = DataLoader(
-        TheirDataset(path), 16, shuffle=True, num_workers=8, pin_memory=True
-    )
+    loader = DataLoader(TheirDataset(path), 16, shuffle=True, num_workers=8, pin_memory=True)
     start, patches = time.perf_counter(), 0
     while True:
         for lr, hr in loader:
@@ -104,29 +102,18 @@ def our_loop(path: Path, device: torch.device, bf16: bool, seconds: float) -> fl
     """Patches a second of train.py as a user calls it, loading and average included."""
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Path(folder, "eval.h5")
-        argv = [
-            "--synthetic",
-            "1",
-            "--scale",
-            "3",
-            "--eval",
-            "--output-path",
-            evaluation,
-        ]
+        argv = ["--synthetic", "1", "--scale", "3", "--eval", "--output-path", evaluation]
         prepare.main(prepare.get_args_parser().parse_args(map(str, argv)))
         command = [ROOT / "train.py", "--train-file", path, "--eval-file", evaluation]
         command += ["--scale", 3, "--outputs-dir", folder, "--minutes", seconds / 60]
         command += ["--device", device.type, *["--bf16"] * bf16]
         run([*command, "--num-workers", 0])
         state = torch.load(Path(folder, "x3", "last.pth"), weights_only=True)
-        _, _, steps, _, taken = state["counters"]
-    return 16 * steps / taken
+    return 16 * state["counters"]["steps"] / state["counters"]["seconds"]
 
 
 def run(command: list) -> None:
-    subprocess.run(
-        [sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
 
 def benchmark_train(args: argparse.Namespace) -> None:
@@ -140,9 +127,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
         bf16 = our_loop(path, device, True, args.seconds)
         start = time.perf_counter()
         batches = Batches(H5Patches([path], 3, 8), 16, 1, device, crop=8)
-        print(
-            f"loading {len(batches.patches)} patches: {time.perf_counter() - start:.1f} s"
-        )
+        print(f"loading {len(batches.patches)} patches: {time.perf_counter() - start:.1f} s")
     model = SRCNN().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     lr, hr = next(batches.epoch(1))
@@ -160,12 +145,8 @@ def benchmark_train(args: argparse.Namespace) -> None:
     print(f"training step, 16 patches       {16 * steps:8.0f} patches/s", end="")
     print(f" = {16 * steps * operations / peak:.0%} of matmul")
     print(f"textbook loop, end to end       {theirs:8.0f} patches/s")
-    print(
-        f"train.py, end to end            {ours:8.0f} patches/s = {ours / theirs:.1f} x"
-    )
-    print(
-        f"train.py --bf16, end to end     {bf16:8.0f} patches/s = {bf16 / theirs:.1f} x"
-    )
+    print(f"train.py, end to end            {ours:8.0f} patches/s = {ours / theirs:.1f} x")
+    print(f"train.py --bf16, end to end     {bf16:8.0f} patches/s = {bf16 / theirs:.1f} x")
 
 
 # --- upscale ------------------------------------------------------------------------
@@ -211,14 +192,9 @@ def benchmark_upscale(args: argparse.Namespace) -> None:
         naive.append(rate(whole, device))
     peak, pixels = max(peaks), height * width
     print(f"float32 matmul            {peak / 1e9:8.0f} GFLOP/s")
-    for name, rates in (
-        ("plain whole-image forward", naive),
-        ("restore(), in tiles", tiled),
-    ):
+    for name, rates in (("plain whole-image forward", naive), ("restore(), in tiles", tiled)):
         share = max(rates) * pixels * OPERATIONS / peak
-        print(
-            f"{name:25} {max(rates) * pixels / 1e6:8.2f} MP/s = {share:.0%} of matmul"
-        )
+        print(f"{name:25} {max(rates) * pixels / 1e6:8.2f} MP/s = {share:.0%} of matmul")
     print(f"ratio                     {max(tiled) / max(naive):8.2f}")
     picture = prepare.dead_leaves(0, 1024, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -251,15 +227,11 @@ def benchmark_time_to_psnr(args: argparse.Namespace) -> None:
         command = [ROOT / "train.py", "--train-file", files[0], "--eval-file", files[1]]
         run([*command, "--scale", args.scale, "--outputs-dir", folder, *args.recipe])
         with Path(folder, f"x{args.scale}", "history.csv").open() as file:
-            rows = [
-                (float(r["psnr"]), float(r["seconds"])) for r in csv.DictReader(file)
-            ]
+            rows = [(float(r["psnr"]), float(r["seconds"])) for r in csv.DictReader(file)]
     print(" ".join(args.recipe))
     for target in args.target or [32.39, 32.75]:
         passed = [seconds for psnr, seconds in rows if psnr >= target]
-        print(
-            f"{target:.2f} dB: " + (f"{passed[0]:.1f} s" if passed else "not reached")
-        )
+        print(f"{target:.2f} dB: " + (f"{passed[0]:.1f} s" if passed else "not reached"))
     print(f"best: {max(rows)[0]:.3f} dB; whole run: {rows[-1][1]:.1f} s")
 
 

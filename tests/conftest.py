@@ -1,4 +1,4 @@
-"""What the tests share: the scripts, called in this process or in one of their own, and small files."""
+"""What the tests share: the scripts, in this process or in one of their own, and small files."""
 
 import os
 import signal
@@ -25,15 +25,15 @@ from utils import run
 DATA = ROOT / "data"
 Result = namedtuple("Result", "status out err")
 needs_data = pytest.mark.skipif(
-    not (DATA / "Set5").is_dir(),
-    reason="data/ holds no Set5: prepare.py --download data",
+    not (DATA / "Set5").is_dir(), reason="data/ holds no Set5: prepare.py --download data"
 )
 
 
 @pytest.fixture(autouse=True)
 def process_state():
     """Give back what main() changes for its whole process."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {number: signal.getsignal(number) for number in numbers}
     threads, pixels = torch.get_num_threads(), Image.MAX_IMAGE_PIXELS
     yield
     for number, handler in handlers.items():
@@ -49,12 +49,12 @@ def call(capfd, monkeypatch):
     def call(name: str, *argv: object) -> Result:
         module = {"prepare": prepare, "train": train, "test": upscale}[name]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
-        parse = (
-            getattr(module, "parse_args", None) or module.get_args_parser().parse_args
-        )
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            run(module.main, parse)
+            if name == "train":
+                run(lambda: train.main(*train.parse_args()))
+            else:
+                run(lambda: module.main(module.get_args_parser().parse_args()))
         out, err = capfd.readouterr()
         return Result(stop.value.code or 0, out, err)
 

@@ -10,13 +10,7 @@ import torch
 from conftest import noise
 from torch.utils.data import DataLoader
 
-from datasets import (
-    Batches,
-    H5Patches,
-    check_train_file,
-    read_eval_pairs,
-    symmetries,
-)
+from datasets import Batches, H5Patches, check_train_file, read_eval_pairs, symmetries
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -39,18 +33,14 @@ def write(path: Path, lr: object, hr: object, **attributes: object) -> Path:
 @pytest.fixture
 def numbered(tmp_path) -> list[Path]:
     """Two files of 30 and 11 patches; every pixel of patch i has the value i."""
-    values = np.arange(41, dtype=np.float32)[:, None, None] * np.ones(
-        (1, 5, 5), np.float32
-    )
+    values = np.arange(41, dtype=np.float32)[:, None, None] * np.ones((1, 5, 5), np.float32)
     return [
         write(tmp_path / "a.h5", values[:30], values[:30] + 100, scale=3),
         write(tmp_path / "b.h5", values[30:], values[30:] + 100),
     ]
 
 
-def batches(
-    paths: list[Path], size: int = 8, seed: int = 1, **kwargs: object
-) -> Batches:
+def batches(paths: list[Path], size: int = 8, seed: int = 1, **kwargs: object) -> Batches:
     return Batches(H5Patches(paths, 3, 0), size, seed, CPU, **kwargs)
 
 
@@ -115,9 +105,7 @@ def test_augmentation_turns_lr_and_hr_alike_in_all_eight_ways(tmp_path):
     for lr, hr in batches([path], 64).epoch(1):
         assert torch.equal(lr, hr)
         for patch in lr[:, 0].numpy() * 255:
-            (match,) = [
-                i for i, way in enumerate(ways) if np.allclose(patch, way, atol=1e-3)
-            ]
+            (match,) = [i for i, way in enumerate(ways) if np.allclose(patch, way, atol=1e-3)]
             seen.add(match)
     assert seen == set(range(8))
     for lr, _ in batches([path], 64, augment=False).epoch(1):
@@ -126,9 +114,7 @@ def test_augmentation_turns_lr_and_hr_alike_in_all_eight_ways(tmp_path):
 
 
 def test_ranks_share_every_batch_without_overlap(numbered):
-    ranks = [
-        identities(batches(numbered, rank=r, world_size=2).epoch(3)) for r in (0, 1)
-    ]
+    ranks = [identities(batches(numbered, rank=r, world_size=2).epoch(3)) for r in (0, 1)]
     alone = identities(batches(numbered).epoch(3))
     for a, b, whole in zip(*ranks, alone, strict=True):
         assert len(a) == len(b) == 4
@@ -227,4 +213,4 @@ def test_files_of_different_patches_do_not_go_together(tmp_path):
 def test_evaluation_pictures_come_in_numerical_order(tmp_path):
     pictures = [np.full((4, 5), i, np.float32) for i in range(12)]
     path = write(tmp_path / "e.h5", pictures, pictures)
-    assert [hr[0, 0] for _, hr in read_eval_pairs(path)] == list(range(12))
+    assert [hr[0, 0] for _, hr in read_eval_pairs(path)[0]] == list(range(12))

@@ -11,15 +11,7 @@ import torch.nn.functional as F
 from conftest import noise
 from torch import nn
 
-from models import (
-    SRCNN,
-    SelfEnsemble,
-    evaluate,
-    load_srcnn,
-    restore,
-    shifted_sums,
-    tiles,
-)
+from models import SRCNN, SelfEnsemble, load_srcnn, restore, shifted_sums, tiles
 from utils import InputError
 
 
@@ -45,11 +37,7 @@ def parameters(model: nn.Module) -> int:
 
 def test_parameter_counts_are_the_papers():
     assert parameters(SRCNN()) == 57_281
-    for kernel_sizes, weights in (
-        ((9, 1, 5), 8_032),
-        ((9, 3, 5), 24_416),
-        ((9, 5, 5), 57_184),
-    ):
+    for kernel_sizes, weights in (((9, 1, 5), 8_032), ((9, 3, 5), 24_416), ((9, 5, 5), 57_184)):
         assert parameters(SRCNN(kernel_sizes=kernel_sizes)) == weights + 64 + 32 + 1
 
 
@@ -159,9 +147,7 @@ def test_what_is_no_srcnn_is_refused(tmp_path, content):
 
 
 def test_weights_with_nan_are_refused(tmp_path):
-    torch.save(
-        broken_state("conv2.bias", torch.full((32,), torch.nan)), tmp_path / "nan.pth"
-    )
+    torch.save(broken_state("conv2.bias", torch.full((32,), torch.nan)), tmp_path / "nan.pth")
     with pytest.raises(InputError, match="NaN"):
         load_srcnn(tmp_path / "nan.pth")
 
@@ -236,17 +222,5 @@ def test_self_ensemble_is_the_mean_over_flips_and_rotations(weights):
         for flip in (np.asarray, np.fliplr):
             turned = restore(model, np.ascontiguousarray(np.rot90(flip(ilr), k)))
             ways.append(flip(np.rot90(turned, -k)))
-    assert (
-        np.abs(restore(SelfEnsemble(model), ilr) - np.mean(ways, axis=0)).max() < 1e-3
-    )
+    assert np.abs(restore(SelfEnsemble(model), ilr) - np.mean(ways, axis=0)).max() < 1e-3
     assert np.abs(ways[0] - ways[1]).max() > 0.1
-
-
-def test_evaluate_rounds_and_shaves(weights):
-    ilr, hr = noise(30, 30), np.rint(noise(30, 30, seed=1))
-    model = load_srcnn(weights)
-    restored, score = evaluate(model, ilr, hr, 4)
-    expected = np.clip(np.floor(restore(model, ilr) + 0.5), 0, 255)
-    mse = np.mean((expected - hr)[4:-4, 4:-4].astype(np.float64) ** 2)
-    assert np.array_equal(restored, expected)
-    assert score == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-6)

@@ -112,10 +112,7 @@ def test_copies_that_are_reduced_are_cut_up_too(call, images, tmp_path):
     with h5py.File(tmp_path / "t.h5") as file:
         patches = np.asarray(file["hr"])
     colour = Image.open(images / "colour.png")
-    copies = [
-        colour,
-        *(colour.resize(s, Image.Resampling.BICUBIC) for s in ((30, 25), (25, 20))),
-    ]
+    copies = [colour, *(colour.resize(s, Image.Resampling.BICUBIC) for s in ((30, 25), (25, 20)))]
     for i, copy in enumerate(copies):
         copy.save(tmp_path / "copy.png")
         assert np.array_equal(patches[i], luma(tmp_path / "copy.png")[:20, :20])
@@ -136,20 +133,14 @@ def test_bad_input_is_one_line_and_changes_nothing(call, images, tmp_path):
     (tiny / "t.png").write_bytes((images / "tiny.png").read_bytes())
     before = tree(tmp_path)
     base = ["--output-path", out, "--images-dir"]
-    assert refused(
-        call("prepare", *base, tmp_path / "no", "--scale", 3), "no such folder"
-    )
+    assert refused(call("prepare", *base, tmp_path / "no", "--scale", 3), "no such folder")
     assert refused(call("prepare", *base, tmp_path / "empty", "--scale", 3), "empty")
     assert refused(call("prepare", *base, broken, "--scale", 3), str(broken / "b.png"))
     for scale in (1, 0, -2, 2.5, "x"):
         assert refused(call("prepare", *base, images, "--scale", scale), "--scale")
-    assert refused(
-        call("prepare", *base, images, "--scale", 2, "--stride", 0), "--stride"
-    )
+    assert refused(call("prepare", *base, images, "--scale", 2, "--stride", 0), "--stride")
     assert refused(call("prepare", *base, images), "--scale")
-    assert refused(
-        call("prepare", "--images-dir", images, "--scale", 2), "--output-path"
-    )
+    assert refused(call("prepare", "--images-dir", images, "--scale", 2), "--output-path")
     assert refused(call("prepare", "--scale", 2), "--images-dir")
     result = call("prepare", *base, tiny, "--scale", 3)
     assert result.status == 2
@@ -162,9 +153,7 @@ def test_drawn_pictures_follow_from_the_seed(call, tmp_path):
         argv = ["--synthetic", 2, "--output-path", tmp_path / name, "--scale", 3]
         assert call("prepare", *argv, *more).status == 0
         with h5py.File(tmp_path / name) as file:
-            return np.asarray(
-                file["hr/0"] if "--eval" in more else file["hr"]
-            ).tobytes()
+            return np.asarray(file["hr/0"] if "--eval" in more else file["hr"]).tobytes()
 
     assert make("a", "--eval") == make("b", "--eval")
     assert make("a", "--eval") != make("c", "--eval", "--seed", 1)
@@ -195,15 +184,9 @@ def release(tmp_path) -> tuple[dict, Path, bytes]:
         Image.fromarray(noise(20, 20, seed=i).astype(np.uint8)).save(buffer, "BMP")
         files[name] = buffer.getvalue()
     manifest = tmp_path / "manifest"
-    digests = {
-        name: hashlib.sha256(content).hexdigest() for name, content in files.items()
-    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest.write_text("".join(f"{d}  {name}\n" for name, d in digests.items()))
-    return (
-        files,
-        manifest,
-        zipped({f"SRCNN/X/{i}.bmp": c for i, c in enumerate(files.values())}),
-    )
+    return (files, manifest, zipped({f"SRCNN/X/{i}.bmp": c for i, c in enumerate(files.values())}))
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -228,9 +211,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_download_takes_the_next_source_where_one_fails(
-    release, server, tmp_path, capfd
-):
+def test_download_takes_the_next_source_where_one_fails(release, server, tmp_path, capfd):
     files, manifest, archive = release
     folder, url = server
     (folder / "corrupt.zip").write_bytes(archive[: len(archive) // 2])
@@ -263,9 +244,7 @@ def test_download_goes_on_where_it_stopped(release, server, tmp_path):
 def test_names_in_an_archive_cannot_lead_out_of_the_folder(release, tmp_path):
     files, manifest, _ = release
     evil = {f"../../{i}.bmp": content for i, content in enumerate(files.values())}
-    (tmp_path / "evil.zip").write_bytes(
-        zipped({**evil, "/etc/evil": b"evil", "../e": b"e"})
-    )
+    (tmp_path / "evil.zip").write_bytes(zipped({**evil, "/etc/evil": b"evil", "../e": b"e"}))
     before = set(tree(tmp_path))
     prepare.download(tmp_path / "in" / "data", str(tmp_path / "evil.zip"), (), manifest)
     assert tree(tmp_path / "in" / "data") == files
@@ -275,12 +254,7 @@ def test_names_in_an_archive_cannot_lead_out_of_the_folder(release, tmp_path):
 def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tmp_path):
     _, _, archive = release
     bad = tmp_path / "bad.zip"
-    for content in (
-        b"",
-        b"text",
-        archive[:-40],
-        archive[:60] + b"\0" * 9 + archive[69:],
-    ):
+    for content in (b"", b"text", archive[:-40], archive[:60] + b"\0" * 9 + archive[69:]):
         bad.write_bytes(content)
         argv = ["--download", tmp_path / "data", "--archive", bad]
         assert refused(call("prepare", *argv), "bad.zip")
@@ -292,10 +266,7 @@ def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tm
 
 def test_the_manifest_names_every_file_of_the_three_sets():
     names = list(prepare.read_manifest(prepare.MANIFEST))
-    counts = [
-        sum(name.startswith(f"{s}/") for name in names)
-        for s in ("T91", "Set5", "Set14")
-    ]
+    counts = [sum(name.startswith(f"{s}/") for name in names) for s in ("T91", "Set5", "Set14")]
     assert counts == [91, 5, 14]
 
 

@@ -14,7 +14,7 @@ from utils import (
     crop_to_multiple,
     decode,
     degrade,
-    list_images,
+    find_images,
     open_image,
     psnr,
     read_levels,
@@ -72,14 +72,15 @@ def test_resize_refuses_a_ratio_that_is_not_whole():
 @pytest.mark.skipif(not MATLAB.is_dir(), reason="MATLAB's images are not at hand")
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_resize_reproduces_matlab_bit_for_bit(scale):
-    paths = list_images(MATLAB / f"x{scale}")
+    paths = find_images([MATLAB / f"x{scale}"])
     assert len(paths) == 5
     for path in paths:
         hr = np.asarray(Image.open(DATA / "Set5" / f"{path.stem}.bmp"))
         hr = crop_to_multiple(hr.transpose(2, 0, 1), scale)
         size = hr.shape[1] // scale, hr.shape[2] // scale
         matlab = np.asarray(Image.open(path)).transpose(2, 0, 1)
-        assert np.array_equal(resize(hr, size, round_each_axis=True), matlab), path
+        rows = to_8bit(resize(hr, (size[0], hr.shape[2])))
+        assert np.array_equal(to_8bit(resize(rows, size)), matlab), path
 
 
 def test_degrade_keeps_a_constant_picture_and_its_size():
@@ -100,9 +101,7 @@ def test_colour_round_trip_stays_within_half_a_grey_level():
     corners = np.stack(np.meshgrid(*[[0, 1, 127, 128, 254, 255]] * 3)).reshape(3, 8, 27)
     for rgb in (corners.astype(np.float32), noise(3, 64, 64)):
         assert np.abs(ycbcr_to_rgb(rgb_to_ycbcr(rgb)) - rgb).max() < 0.5
-        assert np.array_equal(
-            to_8bit(ycbcr_to_rgb(rgb_to_ycbcr(np.rint(rgb)))), np.rint(rgb)
-        )
+        assert np.array_equal(to_8bit(ycbcr_to_rgb(rgb_to_ycbcr(np.rint(rgb)))), np.rint(rgb))
 
 
 def test_to_8bit_rounds_halves_up_and_clips():
