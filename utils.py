@@ -36,28 +36,32 @@ BT601_OFFSET = np.array([16.0, 128.0, 128.0])
 def rgb_to_ycbcr(rgb: np.ndarray) -> np.ndarray:
     """3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded."""
     dtype = np.result_type(rgb.dtype, np.float32)
-    offset = BT601_OFFSET.astype(dtype)[:, None, None]
-    return np.tensordot(BT601.astype(dtype), rgb, axes=1) + offset
+    ycbcr = np.tensordot(BT601.astype(dtype), rgb, axes=1)
+    ycbcr += BT601_OFFSET.astype(dtype)[:, None, None]  # in place: pictures are large
+    return ycbcr
 
 
 def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
     """The inverse of rgb_to_ycbcr, neither rounded nor clipped."""
     dtype = np.result_type(ycbcr.dtype, np.float32)
-    offset = BT601_OFFSET.astype(dtype)[:, None, None]
-    return np.tensordot(BT601_INVERSE.astype(dtype), ycbcr - offset, axes=1)
+    rgb = np.tensordot(BT601_INVERSE.astype(dtype), ycbcr, axes=1)
+    rgb -= (BT601_INVERSE @ BT601_OFFSET).astype(dtype)[:, None, None]
+    return rgb
 
 
 def to_8bit(levels: np.ndarray) -> np.ndarray:
     """Round half up, as MATLAB does, and clip to 0..255; stays floating point."""
-    return np.clip(np.floor(levels + 0.5), 0, 255)
+    rounded = levels + 0.5
+    np.floor(rounded, out=rounded)
+    return np.clip(rounded, 0, 255, out=rounded)
 
 
 def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """MATLAB's imresize(..., 'bicubic'): a = -0.5, antialiased, edge pixels repeated.
 
     Pillow does the work on float32; the border, which it would treat in another way, is
-    padded first. Agrees with the float64 formula within 1e-3 grey levels. Rows are resized
-    before columns: with a rounding to 8 bits after each, it is MATLAB's 8-bit picture bit for bit.
+    padded first. Agrees with the float64 formula within 1e-3 grey levels; rows first, then
+    columns, with a rounding to 8 bits after each, it is MATLAB's 8-bit picture bit for bit.
 
     Args:
         planes: H x W or C x H x W, any units.
@@ -67,23 +71,21 @@ def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         ValueError: a side that is neither multiple nor divisor.
     """
     if planes.ndim == 3:
-        return np.stack([resize(plane, size) for plane in planes])
-    rows = _resize_rows(np.asarray(planes, np.float32), size[0])
-    return np.ascontiguousarray(_resize_rows(rows.T, size[1]).T)
-
-
-def _resize_rows(plane: np.ndarray, length: int) -> np.ndarray:
-    old = plane.shape[0]
-    if length == old:
-        return plane
-    if length < 1 or (old % length and length % old):
-        raise ValueError(f"cannot resize {old} rows to {length}: neither multiple nor divisor")
-    # The kernel reaches two output pixels far when shrinking, else two input pixels.
-    source, target = (2 * old // length, 2) if old > length else (2, 2 * length // old)
-    padded = np.pad(plane, ((source, source), (0, 0)), mode="edge")
-    size = plane.shape[1], length + 2 * target
-    resized = Image.fromarray(padded).resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(resized)[target:-target]
+        resized = np.empty((len(planes), *size), np.float32)
+        for target, plane in zip(resized, planes):
+            target[:] = resize(plane, size)
+        return resized
+    margins = []  # (before, after) resizing, rows and columns
+    for old, new in zip(planes.shape, size):
+        if new < 1 or (old % new and new % old):
+            raise ValueError(f"cannot resize {old} pixels to {new}: no multiple, no divisor")
+        # The kernel reaches two output pixels far when shrinking, else two input pixels.
+        margins.append((2 * max(1, old // new), 2 * max(1, new // old)) if old != new else (0, 0))
+    (rows, top), (columns, left) = margins
+    padded = np.pad(np.asarray(planes, np.float32), ((rows, rows), (columns, columns)), "edge")
+    padded_size = size[1] + 2 * left, size[0] + 2 * top
+    resized = Image.fromarray(padded).resize(padded_size, Image.Resampling.BICUBIC)
+    return np.asarray(resized)[top : top + size[0], left : left + size[1]]
 
 
 def crop_to_multiple(planes: np.ndarray, scale: int) -> np.ndarray:
@@ -261,16 +263,14 @@ class Planes:
 
     def to_image(self, levels: np.ndarray) -> Image.Image:
         """The inverse: C x H x W grey levels, alpha as a last plane, rounded."""
-        if self.colour.dtype == np.uint8:
-            values = to_8bit(levels).astype(np.uint8)
+        dtype = self.colour.dtype
+        if dtype == np.uint8:  # plane by plane: pictures are large
+            values = np.stack([to_8bit(plane).astype(dtype) for plane in levels], axis=-1)
         else:
-            values = levels * ((self.high - self.low) / 255) + self.low
-            if self.colour.dtype != np.float32:
+            values = levels.transpose(1, 2, 0) * ((self.high - self.low) / 255) + self.low
+            if dtype != np.float32:
                 values = np.clip(np.rint(values), self.low, self.high)
-            values = values.astype(self.colour.dtype)
-        if len(values) == 1:
-            return Image.fromarray(values[0])
-        return Image.fromarray(np.ascontiguousarray(values.transpose(1, 2, 0)))
+        return Image.fromarray(values.astype(dtype).squeeze(2) if len(levels) == 1 else values)
 
 
 def decode(image: Image.Image) -> Planes:
