@@ -8,6 +8,7 @@ files.
 
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -244,8 +245,19 @@ class Batches:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,  # the parent decides what a signal means
         )
-        for ilr, hr in loader:
-            yield ilr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True)
+        try:
+            batches = iter(loader)
+            if hasattr(signal, "SIGCHLD"):
+                # torch's handler would raise anywhere in a step where a worker dies; the
+                # loader itself notices it at the next batch.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for ilr, hr in batches:
+                yield ilr.to(self.device, non_blocking=True), hr.to(self.device, non_blocking=True)
+        except InputError as error:  # of a worker, below its traceback
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+        except RuntimeError as error:
+            cure = "go on with --resume, with fewer of them if memory was short"
+            raise InputError(f"--num-workers: a worker has died; {cure}") from error
 
     def _finish(self, batch: torch.Tensor, turn: torch.Tensor, crop: int) -> torch.Tensor:
         """Turn and flip each patch its own way, crop, and bring to 0..1."""

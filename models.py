@@ -22,7 +22,16 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, decode, fill_transparent, reading, resize, rgb_to_ycbcr, ycbcr_to_rgb
+from utils import (
+    InputError,
+    available_memory,
+    decode,
+    fill_transparent,
+    reading,
+    resize,
+    rgb_to_ycbcr,
+    ycbcr_to_rgb,
+)
 
 INITS = ("identity", "gaussian", "default")
 
@@ -333,6 +342,7 @@ def enlarge(
     model: nn.Module,
     scale: int,
     back_projection: int = 1,
+    value_range: Sequence[float] | None = None,
     tile: int | None = None,
     band: int = BAND,
 ) -> Image.Image:
@@ -342,13 +352,19 @@ def enlarge(
         image: of any of Pillow's modes.
         model: for luma or for RGB, as `load_srcnn` gives it.
         back_projection: steps, see `back_project`; 0 is the network alone.
+        value_range: the values that stand for black and white, if not those of the type.
         tile: as of `restore`.
         band: output pixels in memory at once; the same picture comes out whatever it is.
 
     Raises:
-        InputError: a picture and a network that do not go together.
+        InputError: a picture and a network that do not go together, or a result that does
+            not fit into the memory.
     """
-    planes = decode(image)
+    width, height = image.size
+    if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
+        size = f"{scale * width} x {scale * height}"
+        raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
+    planes = decode(image, value_range)
     lr = planes.levels()
     if model.num_channels not in (1, len(lr)):
         kind = "grey" if len(lr) == 1 else "RGB"
@@ -357,11 +373,11 @@ def enlarge(
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
-    height, width = lr.shape[1:]
     rows = max(1, band // (scale * scale * width))
     # Rows that a row depends on: the network's view and bicubic's, and four a back-projection.
     view = math.ceil(model.halo / scale) + 2
     margin = view + 4 * back_projection
+    back_projection *= scale > 1  # where nothing was reduced it would undo the network
     enlarged = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)

@@ -29,15 +29,20 @@ from tqdm import tqdm
 from utils import (
     ArgumentParser,
     InputError,
+    Pair,
+    add_picture_flags,
     atomic_path,
+    bicubic_pair,
     check_outputs,
-    crop_to_multiple,
-    degrade,
+    check_picture_flags,
     expand,
     find_images,
+    find_partner,
     levels_of,
+    naming,
     number,
     open_image,
+    read_pair,
     rgb_to_ycbcr,
     run,
     write_whole,
@@ -56,42 +61,41 @@ SOURCES = (
 # --- pictures to (ilr, hr) ------------------------------------------------------------------
 
 
-def degraded_pair(
-    image: Image.Image, scale: int, num_channels: int, degradation: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """(ilr, hr): what is left of a picture after --degradation, and the picture.
-
-    Both are float32, 0..255, H x W or 3 x H x W; empty where the picture is smaller than
-    the scale.
-    """
-    if degradation == "pillow":
-        return pillow_pair(image, scale, num_channels)
-    hr = crop_to_multiple(levels_of(image, num_channels), scale)
-    return (degrade(hr, scale) if hr.size else hr), hr
-
-
-def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> tuple[np.ndarray, np.ndarray]:
+def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
     """What the forks do: resize instead of crop, 8-bit RGB, luma not rounded."""
     small = image.width // scale, image.height // scale
     if not min(small):
-        return np.empty((0, 0)), np.empty((0, 0))
+        return Pair(np.empty((0, 0)), np.empty((0, 0)), None, 1.0)
     large = small[0] * scale, small[1] * scale
     hr = image.convert("RGB").resize(large, Image.Resampling.BICUBIC)
     lr = hr.resize(small, Image.Resampling.BICUBIC)
     ilr = lr.resize(large, Image.Resampling.BICUBIC)
     ilr, hr = (np.asarray(rgb, np.float32).transpose(2, 0, 1) for rgb in (ilr, hr))
-    return (ilr, hr) if num_channels == 3 else (rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0])
+    if num_channels == 1:
+        ilr, hr = rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0]
+    return Pair(ilr, hr, None, 1.0)
 
 
-def with_copies(
-    named: Iterable[tuple[object, Image.Image]], factors: Sequence[float]
-) -> Iterator[tuple[object, Image.Image]]:
-    """(name, picture), each followed by its copies reduced by these factors."""
-    for name, image in named:
-        yield name, image
-        for factor in factors:
-            size = [max(1, round(factor * side)) for side in image.size]
-            yield name, image.resize(size, Image.Resampling.BICUBIC)
+def read_pairs(
+    args: argparse.Namespace, names: list, partners: list[Path], factors: Sequence[float]
+) -> Iterator[tuple[object, Pair]]:
+    """(name, Pair) of files, with their partners of --lr-dir where there are any, or of drawn
+    pictures (a name is then a seed); each followed by its copies reduced by the factors."""
+    for name in names:
+        with naming(name):
+            if partners:
+                partner = find_partner(name, partners, args.scale, "--lr-dir")
+                yield name, read_pair(name, partner, args.scale, args.num_channels, args.range)
+                continue
+            image = dead_leaves(name) if args.synthetic else open_image(name)
+            for factor in (1, *factors):
+                size = [max(1, round(factor * side)) for side in image.size]
+                copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
+                if args.degradation == "pillow":
+                    yield name, pillow_pair(copy, args.scale, args.num_channels)
+                else:
+                    levels = levels_of(copy, args.num_channels, args.range)
+                    yield name, bicubic_pair(*levels, args.scale)
 
 
 def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Image:
@@ -174,11 +178,11 @@ def new_h5(path: Path) -> Iterator[h5py.File]:
 
 def write_h5(
     path: str | Path,
-    pairs: Iterable[tuple[object, np.ndarray, np.ndarray]],
+    pairs: Iterable[tuple[object, Pair]],
     append: Callable[[h5py.File, np.ndarray, np.ndarray], int],
     attributes: dict,
 ) -> int:
-    """Write (name, ilr, hr), one after the other: memory stays flat.
+    """Write (name, Pair), one after the other: memory stays flat.
 
     Pictures of which `append` takes nothing are named and skipped.
 
@@ -188,17 +192,22 @@ def write_h5(
     Raises:
         InputError: none, or the file cannot be written.
     """
-    count = 0
+    count, steps = 0, set()
     with atomic_path(path) as target, new_h5(target) as file:
-        file.attrs.update(attributes)
-        for name, ilr, hr in pairs:
-            added = append(file, ilr, hr)
+        for name, pair in pairs:
+            added = append(file, pair.ilr, pair.hr)
             if not added:
                 tqdm.write(f"{name}: skipped, smaller than a patch or the scale", sys.stderr)
             count += added
+            steps.add(pair.step)
+            if len(steps) > 1:
+                raise InputError(f"{name}: has another depth than those before; use one kind")
         if not count:
             cure = "lower --patch-size or name larger pictures"
             raise InputError(f"{path}: no picture is large enough; {cure}")
+        file.attrs.update(attributes)
+        if append is append_picture:
+            file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
     return count
 
 
@@ -309,7 +318,7 @@ def download(
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
-    group = parser.add_argument_group("pictures, from one of")
+    group = parser.add_argument_group("pictures, from one of the first three")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--images-dir", nargs="+", metavar="DIR", help="folders of pictures")
     drawn = "draw N pictures instead"
@@ -318,57 +327,78 @@ def get_args_parser() -> argparse.ArgumentParser:
     source.add_argument("--download", type=Path, metavar="DIR", help=fetched)
     add = group.add_argument
     add("--archive", metavar="FILE.zip", help="with --download: take them from here")
-    add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic (default: 0)")
-    limit = Image.MAX_IMAGE_PIXELS
-    add("--max-pixels", type=number(int, 1), default=limit, help=f"(default: {limit})")
-
-    add = parser.add_argument_group("h5 file").add_argument
-    add("--output-path", metavar="FILE", help="the h5 file to write")
-    add("--scale", type=number(int, 2, 65), metavar="N", help="reduction to be undone")
-    add("--eval", action="store_true", help="whole pictures, to evaluate on")
-    add("--patch-size", type=number(int, 1, 4097), default=33, help="(default: 33)")
-    add("--stride", type=number(int, 1, 4097), default=14, help="(default: 14)")
-    add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma, 3: RGB")
+    add_picture_flags(group)
     copies = "cut up copies reduced by these factors, too"
     add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=copies)
     how = "the paper's bicubic in floating point, or the forks' Pillow on 8-bit RGB"
     add("--degradation", choices=("matlab", "pillow"), default="matlab", help=how)
+    add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma, 3: RGB")
+    add("--seed", type=number(int, 0, 100), default=0, help="draws pictures, or those held out")
+
+    add = parser.add_argument_group("h5 file").add_argument
+    add("--output-path", metavar="FILE", help="the h5 file to write")
+    add("--scale", type=number(int, 1, 65), metavar="N", help="reduction to be undone")
+    add("--patch-size", type=number(int, 1, 4097), default=33, help="(default: 33)")
+    add("--stride", type=number(int, 1, 4097), default=14, help="(default: 14)")
+    add("--eval", action="store_true", help="whole pictures, to evaluate on")
+    held = "write this part of the pictures to STEM_eval.h5 instead, to evaluate on"
+    add("--hold-out", type=number(float, 1e-6, 1), metavar="PART", help=held)
     return parser
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that are missing or do not go together."""
+    for flag in ("output_path", "scale"):
+        if getattr(args, flag) is None:
+            raise InputError(f"--{flag.replace('_', '-')}: is needed to make an h5 file")
+    if args.lr_dir is not None and (args.synthetic or args.shrink):
+        raise InputError("--lr-dir: goes with --images-dir, without --shrink")
+    if args.scale == 1 and args.lr_dir is None:
+        raise InputError("--scale 1: goes with --lr-dir and pictures of equal size")
+    if args.hold_out and args.eval:
+        raise InputError("--hold-out: makes an evaluation file by itself; drop --eval")
+
+
 def main(args: argparse.Namespace) -> None:
-    Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.archive and not args.download:
         raise InputError("--archive: goes with --download DIR")
     if args.download:
         return download(args.download, args.archive)
-    for flag in ("output_path", "scale"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag.replace('_', '-')}: is needed to make an h5 file")
+    check_flags(args)
+    partners = check_picture_flags(args)
     if args.synthetic:  # an evaluation file gets other pictures for a seed
         first = 1_000_000 * args.eval + 10_000 * args.seed
         names = list(range(first, first + args.synthetic))
-        images = map(dead_leaves, names)
     else:
         folders = expand(args.images_dir)
         for folder in folders:
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder")
         names = find_images(folders)
-        check_outputs([("--output-path", args.output_path)], names)
-        images = map(open_image, names)
-    named = with_copies(zip(names, images), args.shrink)
-    named = tqdm(named, "pictures", len(names) * (1 + len(args.shrink)), disable=None)
-    how = args.scale, args.num_channels, args.degradation
-    pairs = ((name, *degraded_pair(image, *how)) for name, image in named)
-    attributes = {"scale": args.scale, "degradation": args.degradation, "version": VERSION}
-    append = append_picture
-    if not args.eval:
-        append = partial(append_patches, size=args.patch_size, stride=args.stride)
-        attributes |= {"patch_size": args.patch_size, "stride": args.stride}
-    count = write_h5(args.output_path, pairs, append, attributes)
-    what = "pictures" if args.eval else "patches"
-    print(f"{args.output_path}: {count} {what} for x{args.scale}")
+    output = Path(args.output_path)
+    jobs = [(output, names, args.eval)]
+    if args.hold_out:
+        if len(names) < 2:
+            raise InputError("--hold-out: needs two pictures at least")
+        count = min(max(1, round(args.hold_out * len(names))), len(names) - 1)
+        order = np.random.default_rng(args.seed).permutation(len(names))
+        held, kept = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
+        jobs = [(output.with_name(f"{output.stem}_eval.h5"), held, True), (output, kept, False)]
+    inputs = [] if args.synthetic else [*names, *partners]
+    check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
+    for path, chosen, whole_pictures in jobs:
+        attributes = {"scale": args.scale, "version": VERSION}
+        attributes["degradation"] = "given" if partners else args.degradation
+        append, factors, what = append_picture, [], "pictures"
+        if not whole_pictures:
+            append = partial(append_patches, size=args.patch_size, stride=args.stride)
+            attributes |= {"patch_size": args.patch_size, "stride": args.stride}
+            factors, what = args.shrink, "patches"
+        pairs = read_pairs(args, chosen, partners, factors)
+        total = len(chosen) * (1 + len(factors))
+        bar = tqdm(pairs, "pictures", total, leave=False, disable=None)
+        count = write_h5(path, bar, append, attributes)
+        print(f"{path}: {count} {what} for x{args.scale}")
 
 
 if __name__ == "__main__":

@@ -6,30 +6,44 @@ python test.py --eval --image-file data/Set5 --scale 3 # PSNR and SSIM, the pape
 """
 
 import argparse
+import io
+import math
 import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+import h5py
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device, restore
 from utils import (
     ArgumentParser,
     InputError,
+    Pair,
+    add_picture_flags,
     atomic_path,
+    bicubic_pair,
     check_outputs,
+    check_picture_flags,
     crop_to_multiple,
+    decode,
     degrade,
     find_images,
+    find_partner,
+    naming,
     number,
     open_image,
     read_levels,
+    read_pair,
     report,
-    resize,
     rgb_to_ycbcr,
     run,
     shave,
@@ -41,11 +55,21 @@ from utils import (
 )
 
 ROOT = Path(__file__).resolve().parent
-# By the paper's protocol, and (enlarged) what users get: with back-projection.
-METHODS = ("bicubic", "srcnn", "enlarged")
-METRICS = [f"{method}_{metric}" for method in METHODS for metric in ("psnr", "ssim")]
 # JPEG without subsampling (4:4:4); PNG a tenth larger than usual, in a third of the time.
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 3}}
+LONGEST_SIDES = {"JPEG": 65535, "WEBP": 16383, "GIF": 65535}  # that the formats can hold
+
+
+def choose_scale(args: argparse.Namespace) -> int:
+    """--scale, else what --outscale needs, else what the name of the weights says, else 3."""
+    path = Path(args.weights_file or "")
+    said = re.search(r"(?:^|_)x(\d+)$", path.stem) or re.search(r"^x(\d+)$", path.parent.name)
+    implied = int(said[1]) if said else 3
+    if args.scale is None:
+        return math.ceil(args.outscale) if args.outscale and not said else implied
+    if said and implied != args.scale:
+        print(f"--scale {args.scale}: {path} looks like weights for {implied}", file=sys.stderr)
+    return args.scale
 
 
 def weights_path(args: argparse.Namespace) -> Path:
@@ -72,21 +96,21 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return SelfEnsemble(model) if args.self_ensemble else model
 
 
-def for_each(paths: list[Path], function: object) -> tuple[list, int]:
+def for_each(paths: list[Path], function: Callable[[Path], object]) -> tuple[list, int]:
     """function(path) of all; a bad file among several is reported and the others done.
 
     Returns:
         The results, and the exit status: 2 where a file was bad.
     """
     results, status = [], 0
-    for path in tqdm(paths, "pictures", leave=False, disable=None if len(paths) > 1 else True):
+    for path in tqdm(paths, "files", leave=False, disable=None if len(paths) > 1 else True):
         try:
-            results.append(function(path))
+            with naming(path):
+                results.append(function(path))
         except InputError as error:
-            named = error if str(path) in str(error) else InputError(f"{path}: {error}")
             if len(paths) == 1:
-                raise named from error
-            report(named)
+                raise
+            report(error)
             status = 2
     return results, status
 
@@ -108,8 +132,14 @@ def enlarge_files(args: argparse.Namespace) -> int:
         target = targets[path]
         if image.mode in ("I", "F"):
             target = deep_path(target, args)
-        enlarged = enlarge(image, model, args.scale, args.back_projection, args.tile)
-        save_image(enlarged, target, carried_over(image, enlarged.mode))
+        size = [round((args.outscale or args.scale) * side) for side in image.size]
+        mode = decode(image, args.range).mode
+        options = save_options(target, mode, size) | carried_over(image, mode)
+        how = args.back_projection, args.range, args.tile
+        enlarged = enlarge(image, model, args.scale, *how)
+        if args.outscale:
+            enlarged = enlarged.resize(size, Image.Resampling.BICUBIC)
+        save_image(enlarged, target, options)
         tqdm.write(str(target))
 
     return for_each(paths, enlarge_file)[1]
@@ -117,7 +147,7 @@ def enlarge_files(args: argparse.Namespace) -> int:
 
 def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
     """Where the result goes: beside the input, into a folder, or to the file named."""
-    name = f"{path.stem}_srcnn_x{args.scale}.png"
+    name = f"{path.stem}_srcnn_x{args.outscale or args.scale:g}.png"
     if args.output is None:
         return path.with_name(name)
     output = Path(args.output)
@@ -145,69 +175,118 @@ def carried_over(image: Image.Image, mode: str) -> dict:
     return kept
 
 
-def save_image(image: Image.Image, path: Path, extra: dict) -> None:
-    """Write a picture in the format of its extension.
+def save_options(path: Path, mode: str, size: list[int]) -> dict:
+    """Pillow's options for writing such a picture to `path`, before work on it begins.
 
     Raises:
-        InputError: an extension that Pillow cannot write, or a format that cannot hold the
-            picture.
+        InputError: an extension that Pillow cannot write, or a format that cannot hold it.
     """
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise InputError(f"{path}: cannot write {path.suffix!r} files; use .png")
-    options = SAVE_OPTIONS.get(kind, {}) | extra
+    if max(size) > LONGEST_SIDES.get(kind, max(size)):
+        raise InputError(f"{path}: {kind} cannot hold {size[0]} x {size[1]} pixels; use .png")
+    options = SAVE_OPTIONS.get(kind, {})
+    try:
+        Image.new(mode, (16, 16)).save(io.BytesIO(), kind, **options)
+    except Exception as error:
+        cure = "use .tif" if mode in ("I", "F") else "use .png"
+        raise InputError(f"{path}: {kind} cannot hold mode {mode}; {cure}") from error
+    return dict(options)
+
+
+def save_image(image: Image.Image, path: Path, options: dict) -> None:
+    """Write a picture in the format of its extension, whole or not at all."""
     with atomic_path(path) as partial:
         try:
-            image.save(partial, kind, **options)
-        except OSError as error:
-            if error.errno:  # of the disk
-                raise
-            cure = "use .tif" if image.mode in ("I", "F") else "use .png"
-            raise InputError(f"{path}: {kind} cannot hold mode {image.mode}; {cure}") from error
-        except Exception as error:  # larger than the format allows, for instance
-            raise InputError(f"{path}: {kind} cannot hold it ({error}); use .png") from error
+            image.save(partial, **options)
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be written ({error}); use .png") from error
 
 
 # --- evaluate -------------------------------------------------------------------------------
 
 
-def evaluate_files(args: argparse.Namespace) -> int:
+def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     """Degrade and restore every picture; print, and on demand write, the scores."""
     paths = find_images(args.image_file)
+    results = find_images([args.results], results=True) if args.results is not None else []
     outputs = [("--csv", args.csv)] if args.csv else []
-    check_outputs(outputs, [*paths, weights_path(args)])
-    model = load_model(args)
-    rows, status = for_each(paths, lambda path: evaluate_file(path, args, model))
-    if not rows:
-        return status
-    width = max(5, *(len(row["image"]) for row in rows))
-    print(f"{'x' + str(args.scale):{width}}" + "".join(f"{m:>9} dB    SSIM" for m in METHODS))
-    averages = {name: fmean(row[name] for row in rows) for name in METRICS}
-    for row in [*rows, {"image": "mean", **averages}]:
-        scores = (f"{row[m + '_psnr']:12.2f}  {row[m + '_ssim']:.4f}" for m in METHODS)
-        print(f"{row['image']:{width}}" + "".join(scores))
-    if args.csv:
-        write_csv(args.csv, ["image", "scale", *METRICS], rows)
+    if args.save_images:
+        names = "bicubic", "srcnn", "comparison"
+        outputs += [(p, comparison_path(args, p, name)) for p in paths for name in names]
+    weights = [] if results else [weights_path(args)]
+    check_outputs(outputs, [*paths, *partners, *results, *weights])
+    model = None if results else load_model(args)
+
+    def evaluate_path(path: Path) -> list[dict]:
+        """The rows of a picture, or of all pictures of an evaluation file."""
+        channels = model.num_channels if model else 1
+        if path.is_file() and h5py.is_hdf5(path):
+            pairs, attributes = read_eval_pairs(path, args.scale)
+            step = float(attributes.get("rounding", 1.0))
+            pairs = [(f"{path.name}/{i}", Pair(*p, None, step)) for i, p in enumerate(pairs)]
+        elif partners:
+            partner = find_partner(path, partners, args.scale, "--lr-dir")
+            pairs = [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
+        else:
+            pair = bicubic_pair(*read_levels(path, channels, args.range), args.scale)
+            pairs = [(path.name, pair)]
+        return [evaluate_pair(path, name, pair) for name, pair in pairs]
+
+    def evaluate_pair(path: Path, name: str, pair: Pair) -> dict:
+        """The row of scores of a picture, taken as ground truth."""
+        ilr, hr, lr, step = pair.ilr, pair.hr, pair.lr, pair.step
+        least = 11 + 2 * args.scale * (args.scale > 1)
+        if min(hr.shape[-2:]) < least:
+            raise InputError(f"{name}: too small to measure; needs {least} pixels")
+        pictures = {"bicubic": ilr}
+        if results:
+            result = find_partner(path, results, args.scale, "--results")
+            pictures["result"], _ = read_levels(result, 1, args.range)
+            if args.scale > 1:
+                pictures["result"] = crop_to_multiple(pictures["result"], args.scale)
+            if pictures["result"].shape != hr.shape:
+                raise InputError(f"{path} and {result}: differ in size; name whole results")
+        else:
+            if model.num_channels != (1 if hr.ndim == 2 else len(hr)):
+                raise InputError(f"{name}: has other channels than the weights; take others")
+            pictures["srcnn"] = restore(model, ilr, args.tile)
+            if lr is not None:  # what users get: with back-projection
+                pictures["enlarged"] = back_project(pictures["srcnn"], lr, args.back_projection)
+        row = {"image": name, "scale": args.scale}
+        for method, picture in pictures.items():
+            row[f"{method}_psnr"] = shaved_psnr(picture, hr, args.scale, step)
+            rounded = shave(to_8bit(picture, step), args.scale)
+            row[f"{method}_ssim"] = ssim(rounded, shave(hr, args.scale))
+        if args.save_images:
+            save_comparison(path, args, hr, ilr, pictures["srcnn"], row)
+        return row
+
+    found, status = for_each(paths, evaluate_path)
+    rows = [row for rows in found for row in rows]
+    if rows:
+        print_scores(rows, args.scale)
+        if args.csv:
+            write_csv(args.csv, list(rows[0]), rows)
     return status
 
 
-def evaluate_file(path: Path, args: argparse.Namespace, model: nn.Module) -> dict:
-    """The row of scores of one picture, taken as ground truth."""
-    scale = args.scale
-    hr = crop_to_multiple(read_levels(path, model.num_channels), scale)
-    if min(hr.shape[-2:]) < 11 + 2 * scale:
-        raise InputError(f"{path}: too small to measure; needs {11 + 2 * scale} pixels")
-    lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
-    ilr = resize(lr, hr.shape[-2:])
-    srcnn = restore(model, ilr, args.tile)
-    pictures = ilr, srcnn, back_project(srcnn, lr, args.back_projection)
-    row = {"image": path.name, "scale": scale}
-    for method, picture in zip(METHODS, pictures):
-        row[f"{method}_psnr"] = shaved_psnr(picture, hr, scale)
-        row[f"{method}_ssim"] = ssim(shave(to_8bit(picture), scale), shave(hr, scale))
-    if args.save_images:
-        save_comparison(path, args, hr, ilr, srcnn, row)
-    return row
+def print_scores(rows: list[dict], scale: int) -> None:
+    """A table of the rows, and of their means (protocol step 6)."""
+    width = max(5, *(len(row["image"]) for row in rows))
+    methods = [name.removesuffix("_psnr") for name in rows[0] if name.endswith("_psnr")]
+    print(f"{f'x{scale}':{width}}" + "".join(f"{method:>9} dB    SSIM" for method in methods))
+    scores = list(rows[0])[2:]
+    averages = {name: fmean(row[name] for row in rows) for name in scores}
+    for row in [*rows, {"image": "mean", **averages}]:
+        cells = (f"{row[m + '_psnr']:12.2f}  {row[m + '_ssim']:.4f}" for m in methods)
+        print(f"{row['image']:{width}}" + "".join(cells))
+
+
+def comparison_path(args: argparse.Namespace, path: Path, name: str) -> Path:
+    """Where a picture of --save-images goes."""
+    return Path(args.save_images, f"{path.stem}_{name}_x{args.scale}.png")
 
 
 def save_comparison(
@@ -220,7 +299,7 @@ def save_comparison(
 ) -> None:
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
     pictures = [hr, to_8bit(ilr), to_8bit(srcnn)]
-    rgb = crop_to_multiple(read_levels(path, 3), args.scale)
+    rgb = crop_to_multiple(read_levels(path, 3)[0], args.scale)
     if hr.ndim == 2 and np.ptp(rgb, axis=0).any():  # colour comes from bicubic
         chroma = rgb_to_ycbcr(rgb)[1:]
         chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
@@ -236,8 +315,7 @@ def save_comparison(
         strip.paste(image, (i * width, 16))
         ImageDraw.Draw(strip).text((i * width + 4, 2), label, fill="black")
     for name, image in zip(("bicubic", "srcnn", "comparison"), (*images[1:], strip)):
-        target = Path(args.save_images, f"{path.stem}_{name}_x{args.scale}.png")
-        save_image(image, target, {})
+        save_image(image, comparison_path(args, path, name), {})
 
 
 # --- command line ---------------------------------------------------------------------------
@@ -245,14 +323,15 @@ def save_comparison(
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
-    add = parser.add_argument_group("pictures").add_argument
+    group = parser.add_argument_group("pictures")
     chart = str(ROOT / "assets" / "chart.png")
-    add("--image-file", nargs="+", default=[chart], help="pictures and folders of them")
-    limit = Image.MAX_IMAGE_PIXELS
-    add("--max-pixels", type=number(int, 1), default=limit, help=f"(default: {limit})")
+    text = "pictures and folders of them; with --eval also h5 files of prepare.py --eval"
+    group.add_argument("--image-file", nargs="+", default=[chart], help=text)
+    add_picture_flags(group)
 
     add = parser.add_argument_group("network").add_argument
-    add("--scale", type=number(int, 2, 65), default=3, help="(default: 3)")
+    text = "(default: what the name of --weights-file says, else 3)"
+    add("--scale", type=number(int, 1, 65), help=text)
     add("--weights-file", help="(default: weights/srcnn_xS.pth of this repository)")
     add("--self-ensemble", action="store_true", help="mean of 8 flips; 8 times slower")
     steps = "steps that make the result agree with the input (default: 1)"
@@ -260,9 +339,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output", help="file, or folder (default: NAME_srcnn_xS.png beside NAME)")
+    text = "enlarge by any number: by the next whole scale, then reduced by bicubic"
+    add("--outscale", type=number(float, 1, 64), metavar="F", help=text)
+
+    add = parser.add_argument_group("measuring").add_argument
     add("--eval", action="store_true", help="pictures are ground truth: measure")
-    add("--csv", metavar="FILE", help="with --eval: write the scores")
-    add("--save-images", metavar="DIR", help="with --eval: write the pictures")
+    text = "score the pictures of this folder, made by any program, instead of the network's"
+    add("--results", metavar="DIR", help=text)
+    add("--csv", metavar="FILE", help="write the scores")
+    add("--save-images", metavar="DIR", help="write bicubic, SRCNN and a comparison")
 
     add = parser.add_argument_group("where it runs").add_argument
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
@@ -272,11 +357,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    Image.MAX_IMAGE_PIXELS = args.max_pixels
-    for flag in ("csv", "save_images"):
-        if getattr(args, flag) and not args.eval:
+    partners = check_picture_flags(args)
+    for flag in ("csv", "save_images", "results", "lr_dir"):
+        if getattr(args, flag) is not None and not args.eval:
             raise InputError(f"--{flag.replace('_', '-')}: goes with --eval")
-    return evaluate_files(args) if args.eval else enlarge_files(args)
+    if args.results is not None and args.save_images:
+        raise InputError("--save-images: goes without --results")
+    args.scale = choose_scale(args)
+    if args.outscale and not args.outscale <= args.scale:
+        raise InputError(f"--outscale {args.outscale:g}: is above --scale {args.scale}")
+    return evaluate_files(args, partners) if args.eval else enlarge_files(args)
 
 
 if __name__ == "__main__":

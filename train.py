@@ -14,7 +14,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -33,7 +33,6 @@ from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import (
     ArgumentParser,
     InputError,
-    check_outputs,
     exit_by_signal,
     expand,
     number,
@@ -85,13 +84,14 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     model = model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     optimizers = make_optimizers(model, args.optimizer, args.lr)
+    step = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
     counters, best = Counters(), weights_of(model)
     folder = run_folder(args)
     board = open_board(folder) if args.tensorboard and rank == 0 else None
     if checkpoint:
         counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
     elif rank == 0:
-        counters.best, _ = evaluate(average, pairs, args.scale)
+        counters.best, _ = evaluate(average, pairs, args.scale, step)
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
@@ -112,13 +112,16 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         else:
             with moved_aside(folder):
                 save()
-        bicubic = fmean(shaved_psnr(ilr, hr, args.scale) for ilr, hr in pairs)
         where = "streamed" if batches.stream else f"on {device}"
-        print(f"{len(batches.patches)} patches {where}; bicubic has {bicubic:.2f} dB", flush=True)
+        against = "no --eval-file: best.pth will be the last weights"
+        if pairs:
+            scores = (shaved_psnr(ilr, hr, args.scale, step) for ilr, hr in pairs)
+            against = f"bicubic has {fmean(scores):.2f} dB"
+        print(f"{len(batches.patches)} patches {where}; {against}", flush=True)
     received = remember_signals()
     while counters.step or planned(args, counters, len(batches)) < 1:
-        epoch = batches.epoch(counters.epoch, counters.step)
-        title = f"epoch {counters.epoch}"
+        errors, title = [], f"epoch {counters.epoch}"
+        epoch = until_error(batches.epoch(counters.epoch, counters.step), errors)
         bar = tqdm(epoch, title, len(batches), False, initial=counters.step, disable=rank or None)
         started = time.perf_counter() - counters.seconds
         loss_sum = torch.tensor(counters.loss_sum, device=device)
@@ -152,6 +155,10 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 if received or planned(args, counters, len(batches)) >= 1:
                     break
         counters.seconds = time.perf_counter() - started
+        if errors:  # a lost worker or a damaged patch: what was learned is kept
+            counters.loss_sum = loss_sum.item()
+            save()
+            raise errors[0]
         if distributed:
             agree(counters, received, loss_sum)
             dist.all_reduce(loss_sum)
@@ -164,19 +171,20 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             return 128 + received[0]
         check_finite(counters, optimizers)
         if rank == 0:
-            score, picture = evaluate(average, pairs, args.scale)
+            score, picture = evaluate(average, pairs, args.scale, step)
             counters.seconds = time.perf_counter() - started
             rate = optimizers[0].param_groups[0]["lr"]
             loss = counters.loss_sum / max(counters.step, 1)
-            row = dict(zip(COLUMNS, (counters.epoch, loss, score, rate, counters.seconds)))
+            psnr = score if pairs else None
+            row = dict(zip(COLUMNS, (counters.epoch, loss, psnr, rate, counters.seconds)))
             counters.history.append(row)
-            if score > counters.best:
+            if score > counters.best or not pairs:
                 counters.best, best = score, weights_of(average)
             if args.save_every and counters.epoch % args.save_every == 0:
                 write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
-            if board:
+            if board and pairs:
                 add_to_board(board, pairs[0], picture, row)
-            text = "epoch {epoch}  loss {loss:.6f}  PSNR {psnr:.3f} dB"
+            text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
             text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
             print(text.format(**row), flush=True)
         counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
@@ -184,18 +192,32 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         if distributed:
             agree(counters, received, loss_sum)
     if rank == 0:
-        print(f"{folder / 'best.pth'}: {counters.best:.3f} dB, bicubic {bicubic:.2f} dB")
+        score = f"{counters.best:.3f} dB, {against}" if pairs else "the last weights"
+        print(f"{folder / 'best.pth'}: {score}")
     return 0
 
 
-def evaluate(model: SRCNN, pairs: list, scale: int) -> tuple[float, np.ndarray]:
-    """Mean PSNR in dB of (ilr, hr) pictures, by the paper's protocol; the first, restored."""
+def evaluate(
+    model: SRCNN, pairs: list, scale: int, step: float = 1.0
+) -> tuple[float, np.ndarray | None]:
+    """Mean PSNR in dB of (ilr, hr) pictures, by the paper's protocol; the first, restored.
+
+    Without pictures -inf and None. `step` is to_8bit's.
+    """
     first, scores = None, []
     for ilr, hr in pairs:
         restored = restore(model, ilr)
         first = restored if first is None else first
-        scores.append(shaved_psnr(restored, hr, scale))
-    return fmean(scores), first
+        scores.append(shaved_psnr(restored, hr, scale, step))
+    return (fmean(scores) if scores else -math.inf), first
+
+
+def until_error(batches: Iterable, errors: list[InputError]) -> Iterator:
+    """The batches until one cannot be read; its error then stands in `errors`."""
+    try:
+        yield from batches
+    except InputError as error:
+        errors.append(error)
 
 
 def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
@@ -324,7 +346,9 @@ def load_data(
         raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand(args.train_file), args.scale, halo)
-    pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
+    pairs, attributes = [], {}
+    if args.eval_file is not None:
+        pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
     if len(patches) < world_size:
         raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
     channels = patches.patch_shape[0]
@@ -500,8 +524,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--train-file", nargs="+", metavar="FILE", help="one or several h5 files")
-    add("--eval-file", metavar="FILE", help="h5 file of prepare.py --eval")
-    add("--scale", type=number(int, 2, 65), default=3, help="(default: 3)")
+    add("--eval-file", metavar="FILE", help="h5 file of prepare.py --eval; without: keep the last")
+    add("--scale", type=number(int, 1, 65), default=3, help="(default: 3)")
     add("--batch-size", type=number(int, 1), default=16, help="of all ranks together")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="turn and flip")
     add("--seed", type=number(int, 0, 1 << 32), default=123, help="(default: 123)")
@@ -572,13 +596,16 @@ def saved_args(args: argparse.Namespace) -> dict:
 
 
 def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
-    for flag in ("train_file", "eval_file"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag.replace('_', '-')}: is needed")
+    if args.train_file is None:
+        raise InputError("--train-file: is needed; make one with prepare.py")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     folder = run_folder(args)
-    outputs = [("--outputs-dir", folder / name) for name in ("best.pth", "last.pth")]
-    check_outputs(outputs, [*expand(args.train_file), args.eval_file])
+    files = expand(args.train_file + [args.eval_file] * (args.eval_file is not None))
+    if any(folder.resolve() in path.resolve().parents for path in files):
+        raise InputError(f"--outputs-dir: {folder} holds the h5 files; name another folder")
+    last = folder / "last.pth"
+    if checkpoint and last.exists() and not last.samefile(args.resume):
+        raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
     if args.bf16 and not has_bf16(device):

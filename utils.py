@@ -49,10 +49,18 @@ def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def to_8bit(levels: np.ndarray) -> np.ndarray:
-    """Round half up, as MATLAB does, and clip to 0..255; stays floating point."""
-    rounded = levels + 0.5
+def to_8bit(levels: np.ndarray, step: float = 1.0) -> np.ndarray:
+    """Round half up, as MATLAB does, and clip to 0..255; stays floating point.
+
+    Args:
+        step: what is rounded to, in grey levels: 1 for sources of 8 bits, 255/65535 for
+            16 bits, ...; 0 leaves the levels of a floating-point source as they are.
+    """
+    if not step:
+        return levels
+    rounded = levels / step + 0.5
     np.floor(rounded, out=rounded)
+    rounded *= step
     return np.clip(rounded, 0, 255, out=rounded)
 
 
@@ -100,9 +108,9 @@ def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
     return resize(resize(hr, (height // scale, width // scale)), (height, width))
 
 
-def shave(planes: np.ndarray, border: int) -> np.ndarray:
-    """Cut `border` pixels off every side (protocol step 5)."""
-    return planes[..., border:-border, border:-border] if border else planes
+def shave(planes: np.ndarray, scale: int) -> np.ndarray:
+    """Cut `scale` pixels off every side (protocol step 5); none where nothing was enlarged."""
+    return planes[..., scale:-scale, scale:-scale] if scale > 1 else planes
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -111,9 +119,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int) -> float:
-    """PSNR in dB as the paper takes it: rounded, clipped, shaved (protocol step 5)."""
-    return psnr(shave(to_8bit(levels), scale), shave(hr, scale))
+def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float = 1.0) -> float:
+    """PSNR in dB as the paper takes it: rounded, clipped, shaved (protocol step 5).
+
+    `step` is to_8bit's: what the source rounds to.
+    """
+    return psnr(shave(to_8bit(levels, step), scale), shave(hr, scale))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -176,6 +187,15 @@ def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
         raise InputError(f"{path}: empty, truncated or no {kind}; {cure}") from error
 
 
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Put a file's name before an error that does not tell it."""
+    try:
+        yield
+    except InputError as error:
+        raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from error
+
+
 def expand(names: Iterable[str | Path]) -> list[Path]:
     """Names and patterns (`shard*.h5`, which not every shell expands) as paths."""
     paths = []
@@ -187,10 +207,11 @@ def expand(names: Iterable[str | Path]) -> list[Path]:
     return paths
 
 
-def find_images(names: Iterable[str | Path]) -> list[Path]:
-    """The files named, and the images in the folders named, by name.
+def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path]:
+    """The files named, and the images in the folders named and their subfolders, by name.
 
-    Results of test.py (NAME_srcnn_xS.png, ...) and hidden files in a folder are left out.
+    Hidden files in a folder are left out, and what test.py made (NAME_srcnn_xS.png, ...)
+    unless `results` is set.
 
     Raises:
         InputError: a folder without an image.
@@ -203,16 +224,40 @@ def find_images(names: Iterable[str | Path]) -> list[Path]:
             continue
         found = [
             p
-            for p in sorted(path.iterdir())
+            for p in sorted(path.rglob("*"))
             if p.suffix.lower() in readable
             and not p.is_dir()
-            and not p.name.startswith(".")
-            and not re.search(r"_srcnn_x\d+$", p.stem)
+            and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            and (results or not re.search(r"_srcnn_x[\d.]+$", p.stem))
         ]
         if not found:
             raise InputError(f"{path}: no image in it but results of test.py; name pictures")
         paths += found
     return paths
+
+
+def find_partner(path: Path, candidates: Sequence[Path], scale: int, flag: str) -> Path:
+    """The one of several pictures that belongs to `path`.
+
+    That is the one of the same stem, else the only one whose stem goes on after it (0801x3
+    or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale.
+
+    Raises:
+        InputError: none, or several.
+    """
+    pattern = re.compile(re.escape(path.stem) + r"([-_x].*)?")
+    found = [p for p in candidates if pattern.fullmatch(p.stem)]
+    for fits in (
+        lambda p: p.stem == path.stem,
+        lambda p: True,
+        lambda p: re.search(rf"x{scale}\b|x{scale}_", p.stem[len(path.stem) :]),
+    ):
+        matching = [p for p in found if fits(p)]
+        if len(matching) == 1:
+            return matching[0]
+    number = f"{len(found)} pictures fit it" if found else "no picture of its name"
+    where = candidates[0].parent if candidates else "it"
+    raise InputError(f"{path}: {number} in {flag} {where}; name its partner {path.stem}.*")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -229,6 +274,8 @@ def open_image(path: str | Path) -> Image.Image:
                 image.load()
                 frames = getattr(image, "n_frames", 1)
                 upright = ImageOps.exif_transpose(image)
+                if image.getexif().get(0x0112) in (5, 6, 7, 8) and "dpi" in image.info:
+                    upright.info["dpi"] = image.info["dpi"][::-1]  # it lay on its side
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
             cure = "if you trust the file, raise the limit with --max-pixels"
@@ -256,6 +303,11 @@ class Planes:
     high: float
     mode: str
 
+    @property
+    def step(self) -> float:
+        """The grey levels between two values, 0 in floating point; see to_8bit."""
+        return 0.0 if self.mode == "F" else 255 / (self.high - self.low)
+
     def levels(self) -> np.ndarray:
         """`colour` in grey levels, float32, 0..255."""
         values = np.asarray(self.colour, np.float32)
@@ -263,51 +315,111 @@ class Planes:
 
     def to_image(self, levels: np.ndarray) -> Image.Image:
         """The inverse: C x H x W grey levels, alpha as a last plane, rounded."""
-        dtype = self.colour.dtype
-        if dtype == np.uint8:  # plane by plane: pictures are large
-            values = np.stack([to_8bit(plane).astype(dtype) for plane in levels], axis=-1)
-        else:
-            values = levels.transpose(1, 2, 0) * ((self.high - self.low) / 255) + self.low
-            if dtype != np.float32:
-                values = np.clip(np.rint(values), self.low, self.high)
-        return Image.fromarray(values.astype(dtype).squeeze(2) if len(levels) == 1 else values)
+        planes = []
+        for i, plane in enumerate(levels):  # one by one: pictures are large
+            low, high = (self.low, self.high) if i < len(self.colour) else (0, 255)
+            step = 0.0 if self.mode == "F" else 255 / (high - low)
+            values = to_8bit(plane, step) * ((high - low) / 255) + low
+            values = values if self.mode == "F" else np.rint(values)
+            planes.append(values.astype(self.colour.dtype))
+        return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
 
 
-def decode(image: Image.Image) -> Planes:
+def decode(image: Image.Image, value_range: Sequence[float] | None = None) -> Planes:
     """Any of Pillow's modes as planes: grey stays grey and 16 bits stay 16 bits.
 
-    Grey of 32 bits or in floating point has no fixed range: its own is used.
+    Args:
+        value_range: the values that stand for the grey levels 0 and 255; by default those
+            of the type. Grey of 32 bits or in floating point has none: its own is used.
     """
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
         if image.mode != "F" and low >= 0 and high <= 65535:
-            return Planes(values.astype(np.uint16)[None], None, 0, 65535, "I;16")
+            return Planes(values.astype(np.uint16)[None], None, *value_range or (0, 65535), "I;16")
         mode = "F" if image.mode == "F" else "I"
-        return Planes(values[None], None, low, max(high, low + 1e-9), mode)
+        return Planes(values[None], None, *value_range or (low, max(high, low + 1e-9)), mode)
     grey = image.mode in ("1", "L", "LA", "La")
     mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
     values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
     alpha = values[-1] if mode.endswith("A") else None
-    return Planes(values[: 1 if grey else 3], alpha, 0, 255, mode)
+    return Planes(values[: 1 if grey else 3], alpha, *value_range or (0, 255), mode)
 
 
-def levels_of(image: Image.Image, num_channels: int = 1) -> np.ndarray:
-    """A picture as the protocol takes it: its luma, rounded, H x W, float32.
+def levels_of(
+    image: Image.Image, num_channels: int = 1, value_range: Sequence[float] | None = None
+) -> tuple[np.ndarray, float]:
+    """A picture as the protocol takes it: its luma, rounded, H x W, float32; and its step.
 
     A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
+
+    Raises:
+        InputError: a picture of no known range, or of other channels.
     """
-    levels = decode(image).levels()
+    planes = decode(image, value_range)
+    if planes.mode in ("I", "F") and value_range is None:
+        cure = "say with --range LOW HIGH what stands for black and white"
+        raise InputError(f"has no range of its own (mode {planes.mode}); {cure}")
+    levels, step = planes.levels(), planes.step
     if num_channels == 3:
-        return np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
+        return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
+    if num_channels != 1:
+        raise InputError(f"a picture has 1 or 3 channels, not {num_channels}; take other weights")
     if len(levels) == 1:
-        return levels[0]
-    return to_8bit(rgb_to_ycbcr(levels.astype(np.float64))[0]).astype(np.float32)
+        return levels[0], step
+    luma = rgb_to_ycbcr(levels.astype(np.float64))[0]
+    return to_8bit(luma, step).astype(np.float32), step
 
 
-def read_levels(path: str | Path, num_channels: int = 1) -> np.ndarray:
-    """levels_of a picture file; raises as open_image does."""
-    return levels_of(open_image(path), num_channels)
+@dataclass
+class Pair:
+    """A picture that is known, and what the network gets of it; float32, 0..255.
+
+    ilr, hr: H x W or C x H x W.
+    lr: the small picture of which ilr is the enlargement, or None.
+    step: what the source rounds to, see to_8bit.
+    """
+
+    ilr: np.ndarray
+    hr: np.ndarray
+    lr: np.ndarray | None
+    step: float
+
+
+def bicubic_pair(hr: np.ndarray, step: float, scale: int) -> Pair:
+    """The protocol's pair, steps 2 and 3; empty where the picture is smaller than the scale."""
+    hr = crop_to_multiple(hr, scale)
+    if not hr.size:
+        return Pair(hr, hr, None, step)
+    lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
+    return Pair(resize(lr, hr.shape[-2:]), hr, lr, step)
+
+
+def read_pair(
+    path: Path, lr_path: Path, scale: int, num_channels: int, value_range: Sequence[float] | None
+) -> Pair:
+    """A pair of two files: one S times smaller is enlarged, one of equal size is used as it is.
+
+    Raises:
+        InputError: sizes that do not fit, and what open_image and levels_of raise.
+    """
+    (hr, step), (lr, _) = (read_levels(p, num_channels, value_range) for p in (path, lr_path))
+    if lr.shape == hr.shape:
+        return Pair(lr, hr, None, step)
+    hr = crop_to_multiple(hr, scale)
+    if scale == 1 or tuple(scale * side for side in lr.shape[-2:]) != hr.shape[-2:]:
+        sizes = [f"{p.shape[-1]} x {p.shape[-2]}" for p in (hr, lr)]
+        cure = "pairs have equal sizes, or sides that differ by --scale"
+        raise InputError(f"{path} and {lr_path}: {' and '.join(sizes)} pixels; {cure}")
+    return Pair(resize(lr, hr.shape[-2:]), hr, lr, step)
+
+
+def read_levels(
+    path: str | Path, num_channels: int = 1, value_range: Sequence[float] | None = None
+) -> tuple[np.ndarray, float]:
+    """levels_of a picture file; raises as open_image and levels_of do."""
+    with naming(path):
+        return levels_of(open_image(path), num_channels, value_range)
 
 
 def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -446,6 +558,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def add_picture_flags(group: argparse._ArgumentGroup) -> None:
+    """What prepare.py and test.py ask of every picture."""
+    limit = Image.MAX_IMAGE_PIXELS
+    text = f"refuse larger pictures (default: {limit})"
+    group.add_argument("--max-pixels", type=number(int, 1), default=limit, metavar="N", help=text)
+    text = "values that stand for black and white (default: those of the file's type)"
+    finite = number(float, -math.inf)
+    group.add_argument("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=text)
+    text = "the network's input, matched by name: S times smaller, or of equal size"
+    group.add_argument("--lr-dir", metavar="DIR", help=text)
+
+
+def check_picture_flags(args: argparse.Namespace) -> list[Path]:
+    """Check and apply the flags of add_picture_flags; returns the pictures of --lr-dir."""
+    Image.MAX_IMAGE_PIXELS = args.max_pixels
+    if args.range and not -math.inf < args.range[0] < args.range[1]:
+        raise InputError("--range: LOW must be below HIGH")
+    return find_images([args.lr_dir]) if args.lr_dir is not None else []
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:

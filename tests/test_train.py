@@ -414,7 +414,7 @@ def test_bad_arguments_are_one_line_and_write_nothing(call, base, h5_files, tmp_
     ]
     for more, words in bad:
         assert refused(call("train", *files, "--outputs-dir", tmp_path, *more), words)
-    assert refused(call("train", "--train-file", h5_files[0]), "--eval-file")
+    assert refused(call("train", "--eval-file", h5_files[1]), "--train-file")
     assert tree(tmp_path) == {}
 
 

@@ -377,7 +377,7 @@ def test_scores_are_against_the_ground_truth(call, low, tmp_path, weights):
     result = call("test", *argv, "--csv", tmp_path / "scores.csv")
     assert result.status == 0
     (row,) = csv.DictReader((tmp_path / "scores.csv").open())
-    hr = read_levels(low)[:120, :88]
+    hr = read_levels(low)[0][:120, :88]
     ilr = degrade(hr, 4)
     pictures = {"bicubic": ilr, "srcnn": restore(load_srcnn(weights), ilr)}
     for name, picture in pictures.items():

@@ -150,16 +150,16 @@ def test_luma_of_a_colour_file_is_rounded_and_a_grey_file_is_used_as_it_is(tmp_p
     Image.fromarray(rgb[0]).save(tmp_path / "grey.png")
     r, g, b = rgb.astype(np.float64)
     y = np.floor(16 + (65.481 * r + 128.553 * g + 24.966 * b) / 255 + 0.5)
-    assert np.array_equal(read_levels(tmp_path / "colour.png"), y)
-    assert np.array_equal(read_levels(tmp_path / "grey.png"), rgb[0])
-    assert np.array_equal(read_levels(tmp_path / "colour.png", 3), rgb)
-    assert np.array_equal(read_levels(tmp_path / "grey.png", 3), [rgb[0]] * 3)
+    assert np.array_equal(read_levels(tmp_path / "colour.png")[0], y)
+    assert np.array_equal(read_levels(tmp_path / "grey.png")[0], rgb[0])
+    assert np.array_equal(read_levels(tmp_path / "colour.png", 3)[0], rgb)
+    assert np.array_equal(read_levels(tmp_path / "grey.png", 3)[0], [rgb[0]] * 3)
 
 
 def test_sixteen_bit_levels_are_fractions_of_a_grey_level(tmp_path):
     values = np.array([[0, 1, 257], [30000, 65534, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.allclose(read_levels(tmp_path / "deep.png"), values / 257, atol=1e-4)
+    assert np.allclose(read_levels(tmp_path / "deep.png")[0], values / 257, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
