@@ -26,27 +26,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils import (
-    ArgumentParser,
-    InputError,
-    Pair,
-    add_picture_flags,
-    atomic_path,
-    bicubic_pair,
-    check_outputs,
-    check_picture_flags,
-    expand,
-    find_images,
-    find_partner,
-    levels_of,
-    naming,
-    number,
-    open_image,
-    read_pair,
-    rgb_to_ycbcr,
-    run,
-    write_whole,
-)
+from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, run
+from utils import InputError, atomic_path, check_outputs, expand, naming, write_whole
+from utils import Pair, bicubic_pair, find_images, find_partner, levels_of, open_image, read_pair
+from utils import rgb_to_ycbcr
 
 VERSION = 1  # of the h5 layout
 CHUNK = 64 << 10  # bytes: small enough to read single patches, few enough to index

@@ -24,35 +24,11 @@ from tqdm import tqdm
 
 from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device, restore
-from utils import (
-    ArgumentParser,
-    InputError,
-    Pair,
-    add_picture_flags,
-    atomic_path,
-    bicubic_pair,
-    check_outputs,
-    check_picture_flags,
-    crop_to_multiple,
-    decode,
-    degrade,
-    find_images,
-    find_partner,
-    naming,
-    number,
-    open_image,
-    read_levels,
-    read_pair,
-    report,
-    rgb_to_ycbcr,
-    run,
-    shave,
-    shaved_psnr,
-    ssim,
-    to_8bit,
-    write_csv,
-    ycbcr_to_rgb,
-)
+from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
+from utils import InputError, atomic_path, check_outputs, naming, write_csv
+from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
+from utils import crop_to_multiple, degrade, read_levels, read_pair, rgb_to_ycbcr, ycbcr_to_rgb
+from utils import shave, shaved_psnr, ssim, to_8bit
 
 ROOT = Path(__file__).resolve().parent
 # JPEG without subsampling (4:4:4); PNG a tenth larger than usual, in a third of the time.

@@ -28,22 +28,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import Batches, H5Patches, read_eval_pairs
+from datasets import Batches, H5Patches, read_eval_pairs, symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
-from utils import (
-    ArgumentParser,
-    InputError,
-    exit_by_signal,
-    expand,
-    number,
-    on_stop_signals,
-    reading,
-    run,
-    shaved_psnr,
-    to_8bit,
-    write_csv,
-    write_whole,
-)
+from utils import ArgumentParser, InputError, exit_by_signal, number, on_stop_signals, run
+from utils import expand, reading, shaved_psnr, to_8bit, write_csv, write_whole
 
 if dist.is_available():
     # Imported after the process group is made, as an optimizer would do it, its functions'
@@ -68,13 +56,10 @@ class Counters:
 
 
 def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> int:
-    """A run, from its h5 files to best.pth.
+    """A run, from its h5 files to best.pth; returns 0, or 128 + the signal that stopped it.
 
     Order and flips of the patches follow from the seed and the epoch's number: there is no
     random state to keep.
-
-    Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped the run.
     """
     distributed = "RANK" in os.environ
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -83,6 +68,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
+    tables = symmetry_tables(model, args.symmetry)
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     step = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
     counters, best = Counters(), weights_of(model)
@@ -97,15 +83,16 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     def save() -> None:
         """Write the run's files; last.pth is the truth, from which a resume mends the others."""
         check_finite(counters, optimizers)
-        state = {"version": VERSION, "args": saved_args(args), "counters": asdict(counters)}
-        state |= {"data": data, "ran": {"bf16": bool(args.bf16), "world_size": world_size}}
-        state |= {"model": model.state_dict(), "best": best}
-        state["average"] = average.state_dict() if args.ema else None
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         if rank == 0:
+            state = {"version": VERSION, "args": vars(args), "counters": asdict(counters)}
+            state |= {"data": data, "ran": {"bf16": bool(args.bf16), "world_size": world_size}}
+            state |= {"model": model.state_dict(), "best": best}
+            state["average"] = average.state_dict() if args.ema else None
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             write_whole(folder / "last.pth", to_bytes(state))
             write_results(folder, state)
 
+    against = "no --eval-file: the last weights are kept"
     if rank == 0:
         if checkpoint:
             write_results(folder, checkpoint)
@@ -113,7 +100,6 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             with moved_aside(folder):
                 save()
         where = "streamed" if batches.stream else f"on {device}"
-        against = "no --eval-file: best.pth will be the last weights"
         if pairs:
             scores = (shaved_psnr(ilr, hr, args.scale, step) for ilr, hr in pairs)
             against = f"bicubic has {fmean(scores):.2f} dB"
@@ -135,13 +121,11 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 optimizer.zero_grad()
             # The paper's loss, to which its rates for SGD belong, sums over the pixels.
             (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
+            average_gradients(tables)
             for optimizer in optimizers:
                 optimizer.step()
             if args.ema:
-                with torch.no_grad():
-                    weight = 1 - args.ema if counters.steps else 1.0
-                    pair = list(average.parameters()), list(model.parameters())
-                    torch._foreach_lerp_(*pair, weight)
+                update_average(average, model, 1 - args.ema if counters.steps else 1.0)
             loss_sum += loss.detach()
             counters.step, counters.steps = counters.step + 1, counters.steps + 1
             if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
@@ -173,8 +157,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         if rank == 0:
             score, picture = evaluate(average, pairs, args.scale, step)
             counters.seconds = time.perf_counter() - started
-            rate = optimizers[0].param_groups[0]["lr"]
-            loss = counters.loss_sum / max(counters.step, 1)
+            rate, loss = optimizers[0].param_groups[0]["lr"], counters.loss_sum / counters.step
             psnr = score if pairs else None
             row = dict(zip(COLUMNS, (counters.epoch, loss, psnr, rate, counters.seconds)))
             counters.history.append(row)
@@ -184,9 +167,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
             if board and pairs:
                 add_to_board(board, pairs[0], picture, row)
-            text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
-            text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
-            print(text.format(**row), flush=True)
+            print_row(row)
         counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
         save()
         if distributed:
@@ -220,6 +201,12 @@ def until_error(batches: Iterable, errors: list[InputError]) -> Iterator:
         errors.append(error)
 
 
+def print_row(row: dict) -> None:
+    """An epoch's row on the screen."""
+    text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * (row["psnr"] is not None)
+    print((text + "  learning rate {learning_rate:.2g}  {seconds:.1f} s").format(**row), flush=True)
+
+
 def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
     """How much of the planned training is done, 0..1."""
     if args.minutes:
@@ -243,6 +230,13 @@ LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
 ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a fraction of Muon's
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
 NUM_EPOCHS = 400  # the forks'
+HISTORICAL = {"schedule": "constant", "warmup": 0, "ema": 0.0, "augment": False}
+RECIPES = {
+    "adam": {},
+    "fast": {"optimizer": "muon", "symmetry": 4, "lr": 0.008, "batch_size": 8, "bf16": 0.7},
+    "forks": {"lr": 1e-4, "init": "default", **HISTORICAL},
+    "paper": {"optimizer": "sgd", "init": "gaussian", **HISTORICAL},
+}
 
 
 class Muon(torch.optim.Optimizer):
@@ -310,6 +304,67 @@ def set_learning_rate(
         factor *= 0.5 * (1 + math.cos(math.pi * progress))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["full_lr"] * factor
+
+
+@torch.no_grad()
+def update_average(average: SRCNN, model: SRCNN, weight: float) -> None:
+    """Move the running average towards the network's weights, without waiting for a GPU."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+
+
+# Symmetric training: turns of a square (and flips) act on the filters, as in Cohen and Welling,
+# "Group equivariant convolutional networks", ICML 2016. The network commutes with them where
+# W[p_out(g)(o), p_in(g)(i)] = act(W[o, i], g) for all g, with p(g) what g does to the channels.
+SINGLE = 8  # hidden channels that no turn changes; the others come in sets of turned copies
+
+
+@torch.no_grad()
+def symmetry_tables(model: SRCNN, order: int) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Make the weights symmetric; for each parameter the `order` x numel indices of its copies.
+
+    Args:
+        order: of the group: 1 (no symmetry, no tables), 4 turns, or 8 turns and flips.
+    """
+    if order == 1:
+        return []
+    group = symmetries(3)[:: 8 // order]  # each element as a table of a 3 x 3 square's pixels
+    # Element m of products[g] is what g makes of element m.
+    products = [[(group == k[g]).all(1).nonzero().item() for k in group] for g in group]
+    tables, layers = [], model.layers
+    for layer in layers:
+        weight, bias = [], []
+        index = torch.arange(layer.weight.numel()).view(layer.weight.shape)
+        turns = symmetries(index.shape[-1])[:: 8 // order]
+        for turn, product in zip(turns, products):
+            sources = turned_channels(layer.in_channels, product if layer is not layers[0] else [])
+            targets = turned_channels(
+                layer.out_channels, product if layer is not layers[-1] else []
+            )
+            table = torch.empty_like(index)
+            table[targets[:, None], sources] = index.flatten(2)[..., turn].view(index.shape)
+            weight.append(table.flatten())
+            bias.append(targets.argsort())
+        for p, copies in (layer.weight, weight), (layer.bias, bias):
+            table = torch.stack(copies).to(p.device)
+            # Of all copies the first: their mean would shrink the variance.
+            p.copy_(p.flatten()[table.amin(0)].view(p.shape))
+            tables.append((p, table))
+    return tables
+
+
+def turned_channels(width: int, product: list[int]) -> torch.Tensor:
+    """Where each of a layer's channels goes; those of a picture (no `product`) stay."""
+    channels = torch.arange(width)
+    sets = max(0, width - SINGLE) // len(product) if product else 0
+    first = width - sets * len(product)
+    copies = channels[first:].view(sets, len(product))[:, product] if sets else channels[first:]
+    return torch.cat([channels[:first], copies.flatten()])
+
+
+def average_gradients(tables: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Replace every gradient by its mean over the group: symmetric weights stay symmetric."""
+    for p, table in tables:
+        p.grad = p.grad.flatten()[table].mean(0).view(p.shape)
 
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
@@ -532,6 +587,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("recipe")
     add = group.add_argument
+    text = "defaults of the flags below and of --batch-size, --augment, --init, which typed ones "
+    text += "override: " + "; ".join(f"{name}: {flags}" for name, flags in RECIPES.items())
+    add("--recipe", choices=tuple(RECIPES), default="adam", help=text)
     length = group.add_mutually_exclusive_group()
     epochs = f"the schedule is planned over them (default: {NUM_EPOCHS})"
     length.add_argument("--num-epochs", type=number(int, 1), metavar="N", help=epochs)
@@ -543,6 +601,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
     add("--ema", type=number(float, 0, 1), default=0.995, help="average of weights; 0: none")
+    order = "train filters in sets of turned copies: 4 turns, or 8 with flips; 1: free (default)"
+    add("--symmetry", type=int, choices=(1, 4, 8), default=1, help=order)
     bf16 = "the first 0.7 (or that much) of training in bfloat16: there twice as fast"
     add("--bf16", type=number(float, 0, 1.01), nargs="?", const=0.7, default=0.0, help=bf16)
 
@@ -575,7 +635,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     typed = vars(parser.parse_args(argv))
     typed = {name: value for name, value in typed.items() if value is not None}
     if "resume" not in typed:
-        return argparse.Namespace(**defaults | typed), None
+        recipe = RECIPES[typed.get("recipe", defaults["recipe"])]
+        return argparse.Namespace(**defaults | recipe | typed), None
     folder = Path(typed.get("outputs_dir", "outputs"), f"x{typed.get('scale', 3)}")
     path = Path(typed["resume"] or folder / "last.pth")
     checkpoint = load_checkpoint(path, defaults)
@@ -588,11 +649,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         saved = saved | dict.fromkeys(LENGTHS)
     known = defaults | saved | {"outputs_dir": None} | typed | {"resume": str(path)}
     return argparse.Namespace(**known), checkpoint
-
-
-def saved_args(args: argparse.Namespace) -> dict:
-    """The arguments as last.pth keeps them."""
-    return {name: value for name, value in vars(args).items() if name != "resume"}
 
 
 def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
