@@ -7,17 +7,20 @@ python prepare.py --download data                               # T91, Set5 and 
 """
 
 import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while torch loads, too
+
 import hashlib
 import io
 import math
-import os
 import shutil
 import sys
 import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -67,7 +70,7 @@ def read_pairs(
     for name in names:
         with naming(name):
             if partners:
-                partner = find_partner(name, partners, args.scale, "--lr-dir")
+                partner = find_partner(name, names, partners, args.scale, "--lr-dir")
                 yield name, read_pair(name, partner, args.scale, args.num_channels, args.range)
                 continue
             image = dead_leaves(name) if args.synthetic else open_image(name)
@@ -141,22 +144,35 @@ def append_picture(file: h5py.File, ilr: np.ndarray, hr: np.ndarray) -> int:
     return 1
 
 
-@contextmanager
-def new_h5(path: Path) -> Iterator[h5py.File]:
-    """An h5 file to write, closed at the end whatever happens."""
-    file = h5py.File(path, "w")
-    try:
-        yield file
-        file.flush()
-    except BaseException:
-        # HDF5 ends in a segmentation fault where a full disk keeps it from closing a file.
-        # What it still holds of this one goes nowhere instead.
-        with suppress(OSError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), file.id.get_vfd_handle())
-        raise
-    finally:
-        with suppress(OSError, RuntimeError):
-            file.close()
+class H5Target(io.FileIO):
+    """A file for HDF5, which ends in a segmentation fault where a write fails, as on a full disk.
+
+    It is told that all went well; `check` raises the first error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
+        self.error = None
+
+    def write(self, data: memoryview) -> int:
+        written = 0
+        try:
+            while written < len(data):
+                written += super().write(memoryview(data)[written:])
+        except OSError as error:
+            self.error = self.error or error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
 
 
 def write_h5(
@@ -175,22 +191,27 @@ def write_h5(
     Raises:
         InputError: none, or the file cannot be written.
     """
-    count, steps = 0, set()
-    with atomic_path(path) as target, new_h5(target) as file:
-        for name, pair in pairs:
-            added = append(file, pair.ilr, pair.hr)
-            if not added:
-                tqdm.write(f"{name}: skipped, smaller than a patch or the scale", sys.stderr)
-            count += added
-            steps.add(pair.step)
-            if len(steps) > 1:
-                raise InputError(f"{name}: has another depth than those before; use one kind")
-        if not count:
-            cure = "lower --patch-size or name larger pictures"
-            raise InputError(f"{path}: no picture is large enough; {cure}")
-        file.attrs.update(attributes)
-        if append is append_picture:
-            file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
+    count, steps, skipped = 0, set(), []
+    with atomic_path(path) as partial_path, H5Target(partial_path) as target:
+        with h5py.File(target, "w") as file:
+            for name, pair in pairs:
+                added = append(file, pair.ilr, pair.hr)
+                target.check()
+                if not added:
+                    skipped.append(f"{name}: skipped, smaller than a patch or the scale")
+                count += added
+                steps.add(pair.step)
+                if len(steps) > 1:
+                    raise InputError(f"{name}: has another depth than those before; use one kind")
+            if not count:
+                cure = "lower --patch-size or name larger pictures"
+                raise InputError(f"{path}: no picture is large enough; {cure}")
+            file.attrs.update(attributes)
+            if append is append_picture:
+                file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
+        target.check()
+    for line in skipped:
+        print(line, file=sys.stderr)
     return count
 
 
@@ -226,6 +247,8 @@ def extract(
         InputError: no zip archive, or a corrupt one; `name` is what it is called.
     """
     try:
+        if isinstance(archive, str) and Path(archive).exists() and not Path(archive).is_file():
+            raise InputError(f"{archive}: is no regular file; pass --archive FILE.zip")
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
                 if entry.file_size > LARGEST:

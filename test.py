@@ -6,6 +6,11 @@ python test.py --eval --image-file data/Set5 --scale 3 # PSNR and SSIM, the pape
 """
 
 import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while torch loads, too
+
 import io
 import math
 import os
@@ -27,7 +32,15 @@ from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device,
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
 from utils import InputError, atomic_path, check_outputs, naming, write_csv
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
-from utils import crop_to_multiple, degrade, read_levels, read_pair, rgb_to_ycbcr, ycbcr_to_rgb
+from utils import (
+    crop_to_multiple,
+    degrade,
+    levels_of,
+    read_levels,
+    read_pair,
+    rgb_to_ycbcr,
+    ycbcr_to_rgb,
+)
 from utils import shave, shaved_psnr, ssim, to_8bit
 
 ROOT = Path(__file__).resolve().parent
@@ -114,11 +127,24 @@ def enlarge_files(args: argparse.Namespace) -> int:
         how = args.back_projection, args.range, args.tile
         enlarged = enlarge(image, model, args.scale, *how)
         if args.outscale:
-            enlarged = enlarged.resize(size, Image.Resampling.BICUBIC)
+            enlarged = reduce_image(enlarged, size, args.range)
         save_image(enlarged, target, options)
         tqdm.write(str(target))
 
     return for_each(paths, enlarge_file)[1]
+
+
+def reduce_image(
+    image: Image.Image, size: list[int], value_range: list[float] | None
+) -> Image.Image:
+    """A picture reduced by bicubic; by way of floating point where Pillow cannot do 16 bits."""
+    if image.mode not in ("I;16", "I"):
+        return image.resize(size, Image.Resampling.BICUBIC)
+    values = np.asarray(image)
+    low, high = value_range or (values.min(), values.max())
+    levels = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
+    rounded = np.clip(np.rint(np.asarray(levels, np.float64)), low, high)
+    return Image.fromarray(rounded.astype(values.dtype))
 
 
 def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
@@ -203,7 +229,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
             step = float(attributes.get("rounding", 1.0))
             pairs = [(f"{path.name}/{i}", Pair(*p, None, step)) for i, p in enumerate(pairs)]
         elif partners:
-            partner = find_partner(path, partners, args.scale, "--lr-dir")
+            partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
             pairs = [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
         else:
             pair = bicubic_pair(*read_levels(path, channels, args.range), args.scale)
@@ -218,9 +244,13 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
             raise InputError(f"{name}: too small to measure; needs {least} pixels")
         pictures = {"bicubic": ilr}
         if results:
-            result = find_partner(path, results, args.scale, "--results")
-            pictures["result"], _ = read_levels(result, 1, args.range)
-            if args.scale > 1:
+            result = find_partner(path, paths, results, args.scale, "--results")
+            with naming(result):
+                image = open_image(result)
+                if decode(open_image(path)).mode == "L":  # a grey picture, saved as RGB
+                    image = image.convert("L")
+                pictures["result"], _ = levels_of(image, 1, args.range)
+            if pictures["result"].shape != hr.shape:
                 pictures["result"] = crop_to_multiple(pictures["result"], args.scale)
             if pictures["result"].shape != hr.shape:
                 raise InputError(f"{path} and {result}: differ in size; name whole results")
@@ -235,7 +265,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
             row[f"{method}_psnr"] = shaved_psnr(picture, hr, args.scale, step)
             rounded = shave(to_8bit(picture, step), args.scale)
             row[f"{method}_ssim"] = ssim(rounded, shave(hr, args.scale))
-        if args.save_images:
+        if args.save_images and hr.shape[:-2] in ((), (1,), (3,)):
             save_comparison(path, args, hr, ilr, pictures["srcnn"], row)
         return row
 
@@ -244,17 +274,17 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     if rows:
         print_scores(rows, args.scale)
         if args.csv:
-            write_csv(args.csv, list(rows[0]), rows)
+            write_csv(args.csv, max(rows, key=len), rows)
     return status
 
 
 def print_scores(rows: list[dict], scale: int) -> None:
     """A table of the rows, and of their means (protocol step 6)."""
     width = max(5, *(len(row["image"]) for row in rows))
-    methods = [name.removesuffix("_psnr") for name in rows[0] if name.endswith("_psnr")]
+    columns = [name for name in rows[0] if all(name in row for row in rows)]
+    methods = [name.removesuffix("_psnr") for name in columns if name.endswith("_psnr")]
     print(f"{f'x{scale}':{width}}" + "".join(f"{method:>9} dB    SSIM" for method in methods))
-    scores = list(rows[0])[2:]
-    averages = {name: fmean(row[name] for row in rows) for name in scores}
+    averages = {name: fmean(row[name] for row in rows) for name in columns[2:]}
     for row in [*rows, {"image": "mean", **averages}]:
         cells = (f"{row[m + '_psnr']:12.2f}  {row[m + '_ssim']:.4f}" for m in methods)
         print(f"{row['image']:{width}}" + "".join(cells))
@@ -275,8 +305,10 @@ def save_comparison(
 ) -> None:
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
     pictures = [hr, to_8bit(ilr), to_8bit(srcnn)]
-    rgb = crop_to_multiple(read_levels(path, 3)[0], args.scale)
-    if hr.ndim == 2 and np.ptp(rgb, axis=0).any():  # colour comes from bicubic
+    rgb = crop_to_multiple(read_levels(path, 3, args.range)[0], args.scale)
+    if (
+        args.lr_dir is None and hr.ndim == 2 and np.ptp(rgb, axis=0).any()
+    ):  # colour comes from bicubic
         chroma = rgb_to_ycbcr(rgb)[1:]
         chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
         pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]

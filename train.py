@@ -9,6 +9,11 @@ history.csv (a row per epoch).
 """
 
 import argparse
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while torch loads, too
+
 import copy
 import io
 import math
@@ -20,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean
+from types import NoneType
 
 import numpy as np
 import torch
@@ -478,16 +484,34 @@ def load_checkpoint(path: Path, defaults: dict) -> dict:
         if "args" in checkpoint and checkpoint.get("version") != VERSION:
             cure = "train anew, or go on from its weights with --init"
             raise InputError(f"{path}: is from an earlier version of train.py; {cure}")
-        check_types(checkpoint["args"], defaults)
-        check_types(checkpoint["counters"], asdict(Counters()))
+        saved = checkpoint["args"]
+        check_types(saved, defaults | {"lr": 0.0, "train_file": [""]})
+        for name in LENGTHS:
+            if not isinstance(saved.get(name), (int, float, NoneType)):
+                raise TypeError(f"{name} is {saved[name]!r}")
+        if saved.get("optimizer", "adam") not in LEARNING_RATES:
+            raise ValueError("another optimizer")
+        check_types(checkpoint["counters"], asdict(Counters()) | {"history": [{}]})
+        check_types(checkpoint["data"], {"train": {}, "eval": {}})
     return checkpoint
 
 
 def check_types(values: dict, examples: dict) -> None:
-    """Raise a TypeError or KeyError where a value is not of its example's type."""
+    """Raise an error where a value, or one of a list, is not of its example's type.
+
+    An example None stands for text or number, or nothing.
+    """
+    if not values:
+        raise ValueError("nothing is there")
     for name, value in values.items():
-        if None not in (value, examples[name]) and type(value) is not type(examples[name]):
+        example = examples[name]
+        pairs = [(value, example)]
+        if isinstance(value, list) and example:
+            pairs += [(item, example[0]) for item in value]
+        if any(type(v) is not type(e) for v, e in pairs if e is not None):
             raise TypeError(f"{name} is {value!r}")
+        if isinstance(value, (int, float)) and value < 0 and name != "best":
+            raise ValueError(f"{name} is {value!r}")
 
 
 def load_run(
@@ -495,16 +519,22 @@ def load_run(
 ) -> tuple[Counters, dict]:
     """Put a checkpoint's state where it belongs; returns counters and the best weights."""
     for name in ("train", "eval"):
-        if checkpoint["data"][name] != data[name]:
+        if checkpoint["data"].get(name) != data[name]:
             difference = "is not the file that the run began with: shapes or attributes differ"
             raise InputError(f"--{name}-file: {difference}; name that one")
     with reading(path, "checkpoint", "its parts do not fit together; train anew"):
-        model.load_state_dict(checkpoint["model"])
+        for state in checkpoint["best"], checkpoint["model"]:
+            model.load_state_dict(state)
         if average is not model:
             average.load_state_dict(checkpoint["average"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+            for p, kept in optimizer.state.items():
+                if any(value.dim() and value.shape != p.shape for value in kept.values()):
+                    raise ValueError("state of another network")
         counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
+        if any(tuple(row) != COLUMNS for row in counters.history):
+            raise ValueError("another history")
     if "RANK" not in os.environ or dist.get_rank() == 0:
         print(f"{path}: going on in epoch {counters.epoch}, step {counters.step}", flush=True)
     return counters, best
@@ -607,8 +637,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--bf16", type=number(float, 0, 1.01), nargs="?", const=0.7, default=0.0, help=bf16)
 
     add = parser.add_argument_group("network").add_argument
-    add("--filters", type=number(int, 1), nargs="+", default=[64, 32], metavar="N")
-    add("--kernel-sizes", type=number(int, 1), nargs="+", default=[9, 5, 5], metavar="K")
+    add("--filters", type=number(int, 1, 4097), nargs="+", default=[64, 32], metavar="N")
+    add("--kernel-sizes", type=number(int, 1, 100), nargs="+", default=[9, 5, 5], metavar="K")
     init = f"{', '.join(INITS)}, or weights to start from (default: identity)"
     add("--init", default="identity", metavar="HOW|FILE", help=init)
 
@@ -657,7 +687,8 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
     folder = run_folder(args)
     files = expand(args.train_file + [args.eval_file] * (args.eval_file is not None))
-    if any(folder.resolve() in path.resolve().parents for path in files):
+    inside = os.path.join(os.path.realpath(folder), "")
+    if not checkpoint and any(os.path.realpath(path).startswith(inside) for path in files):
         raise InputError(f"--outputs-dir: {folder} holds the h5 files; name another folder")
     last = folder / "last.pth"
     if checkpoint and last.exists() and not last.samefile(args.resume):
@@ -667,7 +698,11 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     if args.bf16 and not has_bf16(device):
         print("--bf16: slow here, this device has no instructions for it", flush=True)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except Exception as error:
+            cure = "start several processes with torchrun, one without these variables"
+            raise InputError(f"RANK, WORLD_SIZE, MASTER_ADDR: make no group; {cure}") from error
     status = train(args, device, checkpoint)
     if "RANK" in os.environ:
         dist.destroy_process_group()

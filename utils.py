@@ -175,7 +175,8 @@ def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
     """
     try:
         if not Path(path).is_file():
-            raise InputError(f"{path}: no such {kind}; {cure}")
+            reason = "is no regular file" if Path(path).exists() else f"no such {kind}"
+            raise InputError(f"{path}: {reason}; {cure}")
         yield
     except InputError:
         raise
@@ -200,8 +201,6 @@ def expand(names: Iterable[str | Path]) -> list[Path]:
     """Names and patterns (`shard*.h5`, which not every shell expands) as paths."""
     paths = []
     for name in map(str, names):
-        if not name:
-            raise InputError("a file name is empty; name a file or a folder")
         found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
         paths += map(Path, found or [name])
     return paths
@@ -217,6 +216,7 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
         InputError: a folder without an image.
     """
     readable = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    readable -= {".bufr", ".grib", ".h5", ".hdf"}  # Pillow knows them, but cannot read them
     paths = []
     for path in expand(names):
         if not path.is_dir():
@@ -233,11 +233,13 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
         if not found:
             raise InputError(f"{path}: no image in it but results of test.py; name pictures")
         paths += found
-    return paths
+    return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
 
 
-def find_partner(path: Path, candidates: Sequence[Path], scale: int, flag: str) -> Path:
-    """The one of several pictures that belongs to `path`.
+def find_partner(
+    path: Path, paths: Sequence[Path], candidates: Sequence[Path], scale: int, flag: str
+) -> Path:
+    """The one of the candidates that belongs to `path`, one of the `paths`.
 
     That is the one of the same stem, else the only one whose stem goes on after it (0801x3
     or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale.
@@ -246,7 +248,8 @@ def find_partner(path: Path, candidates: Sequence[Path], scale: int, flag: str) 
         InputError: none, or several.
     """
     pattern = re.compile(re.escape(path.stem) + r"([-_x].*)?")
-    found = [p for p in candidates if pattern.fullmatch(p.stem)]
+    others = {p.stem for p in paths} - {path.stem}
+    found = [p for p in candidates if pattern.fullmatch(p.stem) and p.stem not in others]
     for fits in (
         lambda p: p.stem == path.stem,
         lambda p: True,
@@ -271,11 +274,16 @@ def open_image(path: str | Path) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with Image.open(path) as image:
+                deep = image.mode != "I;16" and ";16" in str(image.tile)
                 image.load()
+                # Texts of a PNG stand beside the properties: one named "dpi" is none.
+                info = image.info.items()
+                image.info = {k: value for k, value in info if not isinstance(value, str)}
                 frames = getattr(image, "n_frames", 1)
                 upright = ImageOps.exif_transpose(image)
                 if image.getexif().get(0x0112) in (5, 6, 7, 8) and "dpi" in image.info:
                     upright.info["dpi"] = image.info["dpi"][::-1]  # it lay on its side
+                upright.info["upper_bytes_only"] = deep and upright.mode in ("RGB", "RGBA")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
             cure = "if you trust the file, raise the limit with --max-pixels"
@@ -320,8 +328,10 @@ class Planes:
             low, high = (self.low, self.high) if i < len(self.colour) else (0, 255)
             step = 0.0 if self.mode == "F" else 255 / (high - low)
             values = to_8bit(plane, step) * ((high - low) / 255) + low
-            values = values if self.mode == "F" else np.rint(values)
-            planes.append(values.astype(self.colour.dtype))
+            dtype = self.colour.dtype
+            if self.mode != "F":
+                values = np.clip(np.rint(values), np.iinfo(dtype).min, np.iinfo(dtype).max)
+            planes.append(values.astype(dtype))
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
 
 
@@ -332,13 +342,16 @@ def decode(image: Image.Image, value_range: Sequence[float] | None = None) -> Pl
         value_range: the values that stand for the grey levels 0 and 255; by default those
             of the type. Grey of 32 bits or in floating point has none: its own is used.
     """
+    if value_range and image.info.get("upper_bytes_only"):
+        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use grey pictures")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
         if image.mode != "F" and low >= 0 and high <= 65535:
             return Planes(values.astype(np.uint16)[None], None, *value_range or (0, 65535), "I;16")
         mode = "F" if image.mode == "F" else "I"
-        return Planes(values[None], None, *value_range or (low, max(high, low + 1e-9)), mode)
+        high = high if high > low else low + max(1.0, abs(low))
+        return Planes(values[None], None, *value_range or (low, high), mode)
     grey = image.mode in ("1", "L", "LA", "La")
     mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
     values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
@@ -360,7 +373,8 @@ def levels_of(
     if planes.mode in ("I", "F") and value_range is None:
         cure = "say with --range LOW HIGH what stands for black and white"
         raise InputError(f"has no range of its own (mode {planes.mode}); {cure}")
-    levels, step = planes.levels(), planes.step
+    step = planes.step
+    levels = to_8bit(planes.levels(), step)  # what lies beyond the range is black or white
     if num_channels == 3:
         return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
     if num_channels != 1:
@@ -406,9 +420,9 @@ def read_pair(
     (hr, step), (lr, _) = (read_levels(p, num_channels, value_range) for p in (path, lr_path))
     if lr.shape == hr.shape:
         return Pair(lr, hr, None, step)
+    sizes = [f"{p.shape[-1]} x {p.shape[-2]}" for p in (hr, lr)]
     hr = crop_to_multiple(hr, scale)
     if scale == 1 or tuple(scale * side for side in lr.shape[-2:]) != hr.shape[-2:]:
-        sizes = [f"{p.shape[-1]} x {p.shape[-2]}" for p in (hr, lr)]
         cure = "pairs have equal sizes, or sides that differ by --scale"
         raise InputError(f"{path} and {lr_path}: {' and '.join(sizes)} pixels; {cure}")
     return Pair(resize(lr, hr.shape[-2:]), hr, lr, step)
@@ -468,12 +482,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # a link stays one
     missing = [folder for folder in target.parents if not folder.exists()]
     partial = None
+    leftovers = LEFTOVERS[:]
     try:
+        LEFTOVERS.extend(missing)
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name keeps its extension: Pillow reads the format off it.
         handle, name = tempfile.mkstemp(target.suffix, ".part-", target.parent)
         os.close(handle)
         partial = Path(name)
+        LEFTOVERS.insert(0, partial)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -483,12 +500,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
-        with suppress(OSError):  # renamed, or its folder could not be made
-            if partial:
-                partial.unlink()
-        with suppress(OSError):  # not empty where the file was written
-            for folder in missing:
-                folder.rmdir()
+        clear_up()
+        LEFTOVERS[:] = leftovers
+
+
+LEFTOVERS: list[Path] = []  # partial files and new folders, to be removed at any end
+
+
+def clear_up() -> None:
+    """Remove partial files, if they were not renamed, and the folders made for them."""
+    for path in LEFTOVERS:
+        with suppress(OSError):  # not there, or a folder with a finished file in it
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _umask() -> int:
@@ -510,7 +533,7 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode())
+    write_whole(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def check_outputs(
@@ -555,6 +578,12 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=layout)
+
+    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+        if "" in argv:  # an unset variable of a shell; as a path it would be this folder
+            self.error(f"{' '.join(argv[: argv.index('')][-1:])} '': is empty; give it a value")
+        return super().parse_args(argv)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -614,8 +643,9 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 
 def exit_by_signal(number: int, frame: object) -> None:
-    """A signal handler that ends the program by SystemExit: partial files are removed."""
-    sys.exit(128 + number)
+    """A signal handler that ends the program at once, wherever it is; nothing partial is left."""
+    clear_up()
+    os._exit(128 + number)
 
 
 def ignore_signals(worker: int) -> None:
