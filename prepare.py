@@ -359,6 +359,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--{flag.replace('_', '-')}: is needed to make an h5 file")
     if args.lr_dir is not None and (args.synthetic or args.shrink):
         raise InputError("--lr-dir: goes with --images-dir, without --shrink")
+    if args.degradation == "pillow" and (args.range or args.lr_dir is not None):
+        raise InputError("--degradation pillow: goes without --range and --lr-dir")
     if args.scale == 1 and args.lr_dir is None:
         raise InputError("--scale 1: goes with --lr-dir and pictures of equal size")
     if args.hold_out and args.eval:

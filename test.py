@@ -115,6 +115,9 @@ def enlarge_files(args: argparse.Namespace) -> int:
     outputs = [(p, t) for p, target in targets.items() for t in {target, deep_path(target, args)}]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
+    if model.num_channels not in (1, 3):
+        reason = f"is for {model.num_channels} channels, pictures have 1 or 3; take others"
+        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
@@ -227,6 +230,8 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
         if path.is_file() and h5py.is_hdf5(path):
             pairs, attributes = read_eval_pairs(path, args.scale)
             step = float(attributes.get("rounding", 1.0))
+            if args.save_images:
+                raise InputError(f"{path}: --save-images is for pictures; drop it")
             pairs = [(f"{path.name}/{i}", Pair(*p, None, step)) for i, p in enumerate(pairs)]
         elif partners:
             partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
@@ -265,7 +270,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
             row[f"{method}_psnr"] = shaved_psnr(picture, hr, args.scale, step)
             rounded = shave(to_8bit(picture, step), args.scale)
             row[f"{method}_ssim"] = ssim(rounded, shave(hr, args.scale))
-        if args.save_images and hr.shape[:-2] in ((), (1,), (3,)):
+        if args.save_images:
             save_comparison(path, args, hr, ilr, pictures["srcnn"], row)
         return row
 
@@ -306,9 +311,8 @@ def save_comparison(
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
     pictures = [hr, to_8bit(ilr), to_8bit(srcnn)]
     rgb = crop_to_multiple(read_levels(path, 3, args.range)[0], args.scale)
-    if (
-        args.lr_dir is None and hr.ndim == 2 and np.ptp(rgb, axis=0).any()
-    ):  # colour comes from bicubic
+    # Colour comes from bicubic; that of a pair is not known, and grey is shown.
+    if args.lr_dir is None and hr.ndim == 2 and np.ptp(rgb, axis=0).any():
         chroma = rgb_to_ycbcr(rgb)[1:]
         chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
         pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]
@@ -372,8 +376,9 @@ def main(args: argparse.Namespace) -> int:
     if args.results is not None and args.save_images:
         raise InputError("--save-images: goes without --results")
     args.scale = choose_scale(args)
-    if args.outscale and not args.outscale <= args.scale:
-        raise InputError(f"--outscale {args.outscale:g}: is above --scale {args.scale}")
+    if args.outscale and (args.eval or args.outscale > args.scale):
+        limit = f"goes without --eval, up to the scale of the network, {args.scale}"
+        raise InputError(f"--outscale {args.outscale:g}: {limit}")
     return evaluate_files(args, partners) if args.eval else enlarge_files(args)
 
 

@@ -253,7 +253,8 @@ def find_partner(
     for fits in (
         lambda p: p.stem == path.stem,
         lambda p: True,
-        lambda p: re.search(rf"x{scale}\b|x{scale}_", p.stem[len(path.stem) :]),
+        lambda p: re.search(rf"(x|SRF_){scale}(?!\d)", p.stem[len(path.stem) :]),
+        lambda p: p.parent.name == path.parent.name,
     ):
         matching = [p for p in found if fits(p)]
         if len(matching) == 1:
@@ -273,16 +274,17 @@ def open_image(path: str | Path) -> Image.Image:
     with reading(path, "picture", "name one that Pillow opens"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with Image.open(path) as image:
+            # Not by its name: Pillow maps such TIFFs into the memory, and turns them wrongly.
+            with open(path, "rb") as stream, Image.open(stream) as image:
                 deep = image.mode != "I;16" and ";16" in str(image.tile)
-                image.load()
-                # Texts of a PNG stand beside the properties: one named "dpi" is none.
-                info = image.info.items()
-                image.info = {k: value for k, value in info if not isinstance(value, str)}
+                orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
+                image.load()  # turns a TIFF upright
+                drop_texts(image)
+                orientation = orientation or image.getexif().get(0x0112)
                 frames = getattr(image, "n_frames", 1)
                 upright = ImageOps.exif_transpose(image)
-                if image.getexif().get(0x0112) in (5, 6, 7, 8) and "dpi" in image.info:
-                    upright.info["dpi"] = image.info["dpi"][::-1]  # it lay on its side
+                if orientation in (5, 6, 7, 8) and "dpi" in image.info:
+                    upright.info["dpi"] = image.info["dpi"][::-1]
                 upright.info["upper_bytes_only"] = deep and upright.mode in ("RGB", "RGBA")
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
@@ -293,6 +295,13 @@ def open_image(path: str | Path) -> Image.Image:
     if frames > 1:
         print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
     return upright
+
+
+def drop_texts(image: Image.Image) -> None:
+    """Texts of a PNG stand beside the properties in `info`: one named "dpi" is no resolution."""
+    image.info = {k: value for k, value in image.info.items() if not isinstance(value, str)}
+    if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
+        del image.info["exif"]
 
 
 @dataclass
@@ -548,7 +557,8 @@ def check_outputs(
     for name, output in outputs:
         place = os.path.normcase(os.path.realpath(output))
         if place in taken:
-            raise InputError(f"{name}: would overwrite {taken[place]}; name another output")
+            where = f"{output} would overwrite {taken[place]}"
+            raise InputError(f"{name}: {where}; name another output")
         taken[place] = output
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import FULL_DISK, ROOT, Result, refused, spawn, tree
+from conftest import FULL_DISK, ROOT, Result, noise, refused, spawn, tree
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from models import SRCNN
@@ -49,7 +50,7 @@ def folder(tmp_path, monkeypatch, photo, weights, h5_files) -> Path:
 @pytest.fixture
 def do(call):
     """do("test --scale 3", ...): a command line, its words split, and further words as they are."""
-    return lambda line, *more: call(*line.split(), *more)
+    return lambda line, *more: call(*shlex.split(line), *more)
 
 
 def snapshot() -> tuple:
@@ -152,28 +153,6 @@ def test_a_text_that_is_called_like_a_property_does_no_harm(do, key):
     assert (made.mode, {"dpi", "icc_profile"} & set(made.info)) == ("RGB", set())
 
 
-SPOILT = {
-    "huge": lambda state: {name: torch.full_like(w, 3e38) for name, w in state.items()},
-    "complex": lambda state: {name: w + 1j for name, w in state.items()},
-    "oblong": lambda state: state | {"conv2.weight": torch.zeros(4, 4, 1, 3)},
-    "missing": lambda state: {name: w for name, w in state.items() if name != "conv3.weight"},
-    "numbers": lambda state: dict.fromkeys(state, 1),
-    "list": lambda state: [state],
-    "two": lambda state: SRCNN(2, (4, 4), (3, 1, 3)).state_dict(),
-}
-
-
-@pytest.mark.parametrize("kind", SPOILT)
-def test_weights_that_make_no_picture_are_refused(do, kind):
-    torch.save(SPOILT[kind](SRCNN(1, (4, 4), (3, 1, 3)).state_dict()), "w.pth")
-    before, more = snapshot(), ["test --image-file in/a.png --output new/a.png --weights-file"]
-    more += ["test --image-file in/a.png --eval --csv new/a.csv --weights-file"]
-    more += [TRAIN + "--init"] * (kind != "huge")  # finite; what they make of a picture is not
-    for line in more:
-        assert refused(do(line, "w.pth"), "weights" if kind == "huge" else "w.pth")
-        assert snapshot() == before
-
-
 # --- files of the user are safe -------------------------------------------------------------
 
 
@@ -190,37 +169,6 @@ def test_a_foreign_file_of_a_partial_files_name_is_safe(do):
     assert do("prepare --images-dir in --scale 3 --output-path o.h5").status == 0
     assert all(path.is_file() and not path.is_symlink() for path in outs)
     assert all(link.is_symlink() and link.read_text() == "mine" for link in links)
-
-
-def test_no_output_overwrites_an_input_the_weights_or_another_output(do):
-    shutil.copy("in/a.png", "in/b.png")
-    Path("link.png").symlink_to("in/a.png")
-    Path("by").symlink_to("in")
-    before, score = snapshot(), TEST + "in --eval --csv "
-    for line in (
-        TEST + "in/a.png --output link.png",
-        TEST + "in/a.png --output by/a.png",
-        TEST + "in/a.png in/b.png --output two.png",
-        TEST + "in/a.png by/a.png --output new/",
-        TEST + "in/a.png --output ./small.pth",
-        score + "link.png",
-        score + "small.pth",
-        score + "new/a_srcnn_x3.png --save-images new",
-        TEST + "in/a.png --eval --lr-dir in --csv in/b.png",
-        "prepare --images-dir in --scale 2 --output-path link.png",
-    ):
-        assert refused(do(line), "name")
-        assert snapshot() == before
-
-
-def test_a_refused_call_leaves_no_new_folder(do):
-    Path("in/bad.png").write_bytes(Path("in/a.png").read_bytes()[:200])
-    before = snapshot()
-    assert refused(do("prepare --images-dir in --scale 3 --output-path new/x/a.h5"), "bad.png")
-    assert refused(do(TEST + "in/bad.png --output new/x/a.png"), "bad.png")
-    assert refused(do(TEST + "in/bad.png --eval --save-images new/x"), "bad.png")
-    assert refused(do(TRAIN + "--outputs-dir new/x --scale 2"), "--scale")
-    assert snapshot() == before
 
 
 def test_an_older_run_is_moved_aside_as_a_whole_by_a_run_that_starts(do):
@@ -356,19 +304,6 @@ def test_what_is_no_file_is_refused_at_once(do, kind):
     assert result.status == 0 if kind == "folder" else refused(result, str(odd))
 
 
-EMPTY = [TEST, "train --train-file", "prepare --scale 2 --output-path a.h5 --images-dir"]
-EMPTY += ["prepare --synthetic 1 --scale 2 --output-path", TEST + "in/a.png --weights-file"]
-EMPTY += [TEST + f"in/a.png --eval --{flag}" for flag in ("lr-dir", "results", "csv")]
-EMPTY += [TEST + f"in/a.png --{flag}" for flag in ("eval --save-images", "output", "lr-dir")]
-
-
-@pytest.mark.parametrize("line", EMPTY)
-def test_an_empty_name_is_refused(do, line):
-    before = snapshot()
-    assert refused(do(line, ""))
-    assert snapshot() == before
-
-
 def test_a_bad_file_among_several_is_reported_and_the_others_are_scored(do):
     Path("in/bad.png").write_bytes(b"no")
     shutil.copy("in/a.png", "in/c.png")
@@ -393,13 +328,14 @@ def test_names_are_quoted_exactly_and_do_no_harm(do, folder, stem):
     name, h5 = folder / f"in/{stem}.png", folder / f"{stem}.h5"
     Path("in/a.png").rename(name)
     prepare = "prepare --images-dir in --scale 3 --eval --output-path"
-    for line, *more in (
+    lines = [
         (TEST, name),
         (TEST, name, "--eval", "--csv", folder / f"{stem}.csv", "--save-images", folder / stem),
         (prepare, h5),
         (TRAIN + "--eval-file", h5, "--outputs-dir", folder / stem),
         ("train --resume", folder / stem / "x3/last.pth"),
-    ):
+    ]
+    for line, *more in lines[: 3 if stem == "\u2603" else 5]:  # processes are slow
         assert do(line, *more)[::2] == (0, ""), line
     assert Path(f"in/{stem}_srcnn_x3.png").is_file()
     name.write_bytes(b"no")
@@ -408,38 +344,11 @@ def test_names_are_quoted_exactly_and_do_no_harm(do, folder, stem):
     assert refused(do(prepare, folder / "b.h5"), f"in/{shown}.png")
 
 
-ABSURD = {
-    TEST + "wide.png": "--scale 64|--scale 999999|--tile 999999|--tile 0|--outscale 1e300|"
-    "--outscale nan|--back-projection -1|--back-projection 999999|--output new/a.jpg|"
-    "--output new/a.webp",
-    "prepare --synthetic 1 --scale 2 --output-path new/a.h5": "--scale 999999|--patch-size 999999|"
-    "--patch-size 500|--stride 999999|--stride 0|--synthetic 9999999999|--shrink nan|--seed 100|"
-    "--range nan 1|--hold-out 0.5",
-    TRAIN: "--scale 999999|--filters 9999999999 9999999999|--filters 99999999999999999999 4|"
-    "--seed 9999999999999|--warmup nan|--minutes inf|--ema nan|--batch-size 0",
-}
-
-
-CASES = [(line, more) for line, text in ABSURD.items() for more in text.split("|")]
-
-
-@pytest.mark.parametrize(("line", "more"), CASES)
-def test_an_absurd_number_is_refused(do, line, more):
-    Image.new("1", (25_000, 3000)).save("wide.png")
-    before, result = snapshot(), do(f"{line} {more}")
-    words = result.err.splitlines()[-1]
-    named = (more.split()[-1] if "--output" in more else more.split()[0]) in words
-    assert (result.status, named, "None" in words) == (2, True, False), result
-    assert snapshot() == before
-
-
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "RANK"])
 def test_a_rank_that_is_no_number_is_one_line(do, monkeypatch, name):
     monkeypatch.setenv(name, "abc")
     assert do(TEST + "in/a.png --device cpu").status == 0
-    for device in "cuda", "mps", "cuda:99", "meta":
-        assert refused(do(TEST + f"in/a.png --device {device}"), "--device")
-        assert refused(do(TRAIN + f"--device {device}"), "--device")
+    assert refused(do(TEST + "in/a.png --device cuda"), "--device")
     result = do(TRAIN + "--device cpu")
     assert result.status == 0 if name == "LOCAL_RANK" else refused(result, "RANK")
 
@@ -472,26 +381,6 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(do):
     assert not wrong, "\n".join(wrong)
 
 
-def test_prepare_names_what_is_wrong_with_its_pictures(do):
-    Path("nan").mkdir()
-    Image.fromarray(np.full((40, 40), np.nan, np.float32)).save("nan/nan.tif")
-    with zipfile.ZipFile("bad.zip", "w") as file:
-        file.writestr("\u00fcx.png", b"no picture")
-    content = Path("bad.zip").read_bytes().replace("\u00fcx".encode(), b"\xff\xfex")
-    Path("bad.zip").write_bytes(content)
-    before, made = snapshot(), "prepare --scale 3 --output-path new/a.h5 --images-dir "
-    for line, word in (
-        (made + "nan --range 0 1", "nan.tif"),
-        (made + "in --scale 64 --degradation pillow --eval", "larger pictures"),
-        (made + "in/a.png", "a.png"),
-        ("prepare --download new --archive bad.zip", "bad.zip"),
-        (made + "in --max-pixels 100", "--max-pixels"),
-    ):
-        result = do(line)
-        assert (result.status, word in result.err.splitlines()[-1]) == (2, True), result
-        assert snapshot() == before
-
-
 def test_drawn_pictures_are_shrunk_and_h5_files_among_pictures_left_alone(do):
     counts = []
     for more in "--synthetic 1", "--synthetic 1 --shrink 0.5", "--images-dir in", "--images-dir in":
@@ -499,6 +388,117 @@ def test_drawn_pictures_are_shrunk_and_h5_files_among_pictures_left_alone(do):
         with h5py.File("in/a.h5") as file:
             counts.append(len(file["lr"]))
     assert counts[1] > counts[0] > counts[2] == counts[3]
+
+
+# --- whatever is refused, for all three commands: one line, and nothing changes --------------
+
+REFUSED = """\
+overwrite in/a.png: test --image-file in/a.png --output link.png
+overwrite in/a.png: test --image-file in/a.png --output by/a.png
+two.png: test --image-file in/a.png more/b.png --output two.png
+new: test --image-file in/a.png by/a.png --output new/
+w.pth: test --image-file in/a.png --weights-file w.pth --output ./w.pth
+overwrite in/a.png: test --image-file in --eval --csv link.png
+w.pth: test --image-file in --eval --weights-file w.pth --csv w.pth
+new: test --image-file in --eval --csv new/a_srcnn_x3.png --save-images new
+more/b.png: test --image-file in/a.png --eval --lr-dir more --csv more/b.png
+overwrite in/a.png: prepare --images-dir in --scale 2 --output-path link.png
+bad.png: prepare --images-dir spoilt --scale 3 --output-path new/x/a.h5
+bad.png: test --image-file spoilt/bad.png --output new/x/a.png
+bad.png: test --image-file spoilt/bad.png --eval --save-images new/x
+nan.tif: prepare --images-dir nan --scale 3 --output-path new/x/a.h5 --range 0 1
+larger pictures: prepare --images-dir in --scale 64 --degradation pillow --eval --output-path n.h5
+a.png: prepare --images-dir in/a.png --scale 3 --output-path new/x/a.h5
+bad.zip: prepare --download new --archive bad.zip
+--max-pixels: prepare --images-dir in --scale 3 --output-path new/x/a.h5 --max-pixels 100
+empty: test --image-file ''
+empty: test --image-file in/a.png --eval --lr-dir ''
+empty: test --image-file in/a.png --eval --results ''
+--csv: test --image-file in/a.png --eval --csv ''
+--save-images: test --image-file in/a.png --eval --save-images ''
+--output: test --image-file in/a.png --output ''
+weights: test --image-file in/a.png --weights-file ''
+empty: prepare --scale 2 --output-path a.h5 --images-dir ''
+: prepare --synthetic 1 --scale 2 --output-path ''
+empty: train --train-file ''
+no*.x: test --image-file no*.x
+no*.x: train --train-file no*.x
+no*.x: prepare --scale 2 --output-path a.h5 --images-dir no*.x
+"""
+KINDS = "huge", "complex", "oblong", "missing", "numbers", "list", "two"
+ABSURD = """\
+test --weights-file w.pth --image-file wide.png
+scale 64, scale 999999, tile 999999, tile 0, outscale 1e300, outscale nan, back-projection -1
+back-projection 999999, output new/x/a.jpg, output new/x/a.webp, device cuda, device cuda:99
+prepare --synthetic 1 --scale 2 --output-path new/x/a.h5
+scale 999999, patch-size 999999, patch-size 500, stride 999999, stride 0, synthetic 9999999999
+shrink nan, seed 100, range nan 1, hold-out 0.5
+TRAIN
+scale 999999, filters 9999999999 9999999999, filters 99999999999999999999 4, warmup nan
+seed 9999999999999, minutes inf, ema nan, batch-size 0, device cuda, device meta, lr -1
+"""
+
+
+def cases() -> list:
+    """(a word of the message, command line)."""
+    found, command = [line.split(": ", 1) for line in REFUSED.splitlines()], ""
+    for kind in KINDS:
+        word, name = "weights" if kind == "huge" else kind, f"--weights-file {kind}.pth"
+        found.append((word, f"test --image-file in/a.png --output new/x/a.png {name}"))
+        found.append((word, f"test --image-file in/a.png --eval --csv new/x/a.csv {name}"))
+        found += [(kind, TRAIN + f"--init {kind}.pth")] * (kind != "huge")
+    for line in ABSURD.replace("TRAIN", TRAIN).splitlines():
+        if " --" in line:
+            command = line
+            continue
+        for flag in line.split(", "):
+            word = flag.split()["output" in flag]
+            found.append((word, f"{command} --{flag}"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, weights, h5_files) -> Path:
+    """A folder with all files that the cases name; none of them changes it."""
+    world = tmp_path_factory.mktemp("world")
+    for path, name in zip((weights, *h5_files), ("w.pth", "train.h5", "eval.h5")):
+        shutil.copy(path, world / name)
+    for name in "in", "more", "spoilt", "nan":
+        (world / name).mkdir()
+    Image.fromarray(noise(40, 36, 3).astype(np.uint8)).save(world / "in/a.png")
+    shutil.copy(world / "in/a.png", world / "more/b.png")
+    (world / "spoilt/bad.png").write_bytes((world / "in/a.png").read_bytes()[:200])
+    (world / "link.png").symlink_to("in/a.png")
+    (world / "by").symlink_to("in")
+    Image.fromarray(np.full((40, 40), np.nan, np.float32)).save(world / "nan/nan.tif")
+    Image.new("1", (25_000, 3000)).save(world / "wide.png")
+    with zipfile.ZipFile(world / "bad.zip", "w") as file:
+        file.writestr("\u00fcx.png", b"no picture")
+    content = (world / "bad.zip").read_bytes().replace("\u00fcx".encode(), b"\xff\xfex")
+    (world / "bad.zip").write_bytes(content)
+    state = SRCNN(1, (4, 4), (3, 1, 3)).state_dict()
+    spoilt = [
+        {name: torch.full_like(w, 3e38) for name, w in state.items()},  # makes infinity of pictures
+        {name: w + 1j for name, w in state.items()},
+        state | {"conv2.weight": torch.zeros(4, 4, 1, 3)},
+        {name: w for name, w in state.items() if name != "conv3.weight"},
+        dict.fromkeys(state, 1),
+        [state],
+        SRCNN(2, (4, 4), (3, 1, 3)).state_dict(),
+    ]
+    for kind, content in zip(KINDS, spoilt, strict=True):
+        torch.save(content, world / f"{kind}.pth")
+    return world
+
+
+@pytest.mark.parametrize(("word", "line"), cases())
+def test_a_refused_call_is_one_line_and_changes_nothing(do, world, monkeypatch, word, line):
+    monkeypatch.chdir(world)
+    before, result = snapshot(), do(line)
+    last = result.err.splitlines()[-1]
+    assert (result.status, word in last, "None" in last) == (2, True, False), result
+    assert "patch" in line or "pillow" in line or refused(result)  # skipped pictures are named
+    assert snapshot() == before
 
 
 # --- other systems --------------------------------------------------------------------------
@@ -511,8 +511,6 @@ def test_the_scripts_expand_patterns(do):
     made = "prepare --scale 3 --eval --output-path o.h5 --images-dir "
     assert do(made + "in*").out.split()[1] == "2"
     assert do(TEST + "in2/?.png --output new/").out.split() == ["new/a_srcnn_x3.png"]
-    for line in made, TEST, "train --train-file ":
-        assert refused(do(line + "no*.x"), "no*.x")
 
 
 LACKS = {
