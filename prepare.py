@@ -390,8 +390,8 @@ def main(args: argparse.Namespace) -> None:
             raise InputError("--hold-out: needs two pictures at least")
         count = min(max(1, round(args.hold_out * len(names))), len(names) - 1)
         order = np.random.default_rng(args.seed).permutation(len(names))
-        held, kept = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
-        jobs = [(output.with_name(f"{output.stem}_eval.h5"), held, True), (output, kept, False)]
+        held, others = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
+        jobs = [(output.with_name(f"{output.stem}_eval.h5"), held, True), (output, others, False)]
     inputs = [] if args.synthetic else [*names, *partners]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
     for path, chosen, whole_pictures in jobs:

@@ -85,6 +85,13 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return SelfEnsemble(model) if args.self_ensemble else model
 
 
+def check_channels(channels: int, args: argparse.Namespace) -> None:
+    """Refuse weights that are for no picture; evaluation files may have any channels."""
+    if channels not in (1, 3):
+        reason = f"is for {channels} channels, pictures have 1 or 3; take others"
+        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
+
+
 def for_each(paths: list[Path], function: Callable[[Path], object]) -> tuple[list, int]:
     """function(path) of all; a bad file among several is reported and the others done.
 
@@ -115,9 +122,7 @@ def enlarge_files(args: argparse.Namespace) -> int:
     outputs = [(p, t) for p, target in targets.items() for t in {target, deep_path(target, args)}]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
-    if model.num_channels not in (1, 3):
-        reason = f"is for {model.num_channels} channels, pictures have 1 or 3; take others"
-        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
+    check_channels(model.num_channels, args)
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
@@ -169,15 +174,15 @@ def deep_path(target: Path, args: argparse.Namespace) -> Path:
 
 def carried_over(image: Image.Image, mode: str) -> dict:
     """Resolution and colour profile of the input, where they are valid and fit the result."""
-    kept = {}
+    valid = {}
     dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
     if isinstance(dpi, tuple) and len(dpi) == 2 and all(1 <= float(d) < 65536 for d in dpi):
-        kept["dpi"] = tuple(map(float, dpi))
+        valid["dpi"] = tuple(map(float, dpi))
     # A profile's header: bytes 16..19 its colours, 36..39 a signature (ICC.1, section 7.2).
     colours = b"GRAY" if mode[0] in "LIF" else b"RGB "
     if isinstance(profile, bytes) and profile[36:40] == b"acsp" and profile[16:20] == colours:
-        kept["icc_profile"] = profile
-    return kept
+        valid["icc_profile"] = profile
+    return valid
 
 
 def save_options(path: Path, mode: str, size: list[int]) -> dict:
@@ -226,53 +231,18 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
 
     def evaluate_path(path: Path) -> list[dict]:
         """The rows of a picture, or of all pictures of an evaluation file."""
-        channels = model.num_channels if model else 1
-        if path.is_file() and h5py.is_hdf5(path):
-            pairs, attributes = read_eval_pairs(path, args.scale)
-            step = float(attributes.get("rounding", 1.0))
+        rows = []
+        for name, pair in read_pairs(path, paths, partners, args, model):
+            with naming(name):
+                if results:
+                    result = find_partner(path, paths, results, args.scale, "--results")
+                    pictures = {"result": read_result(result, path, pair.hr, args)}
+                else:
+                    pictures = restore_pair(model, pair, args)
+                rows.append(score(name, pair, {"bicubic": pair.ilr, **pictures}, args.scale))
             if args.save_images:
-                raise InputError(f"{path}: --save-images is for pictures; drop it")
-            pairs = [(f"{path.name}/{i}", Pair(*p, None, step)) for i, p in enumerate(pairs)]
-        elif partners:
-            partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
-            pairs = [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
-        else:
-            pair = bicubic_pair(*read_levels(path, channels, args.range), args.scale)
-            pairs = [(path.name, pair)]
-        return [evaluate_pair(path, name, pair) for name, pair in pairs]
-
-    def evaluate_pair(path: Path, name: str, pair: Pair) -> dict:
-        """The row of scores of a picture, taken as ground truth."""
-        ilr, hr, lr, step = pair.ilr, pair.hr, pair.lr, pair.step
-        least = 11 + 2 * args.scale * (args.scale > 1)
-        if min(hr.shape[-2:]) < least:
-            raise InputError(f"{name}: too small to measure; needs {least} pixels")
-        pictures = {"bicubic": ilr}
-        if results:
-            result = find_partner(path, paths, results, args.scale, "--results")
-            with naming(result):
-                image = open_image(result)
-                if decode(open_image(path)).mode == "L":  # a grey picture, saved as RGB
-                    image = image.convert("L")
-                pictures["result"], _ = levels_of(image, 1, args.range)
-            if pictures["result"].shape != hr.shape:
-                pictures["result"] = crop_to_multiple(pictures["result"], args.scale)
-            if pictures["result"].shape != hr.shape:
-                raise InputError(f"{path} and {result}: differ in size; name whole results")
-        else:
-            if model.num_channels != (1 if hr.ndim == 2 else len(hr)):
-                raise InputError(f"{name}: has other channels than the weights; take others")
-            pictures["srcnn"] = restore(model, ilr, args.tile)
-            if lr is not None:  # what users get: with back-projection
-                pictures["enlarged"] = back_project(pictures["srcnn"], lr, args.back_projection)
-        row = {"image": name, "scale": args.scale}
-        for method, picture in pictures.items():
-            row[f"{method}_psnr"] = shaved_psnr(picture, hr, args.scale, step)
-            rounded = shave(to_8bit(picture, step), args.scale)
-            row[f"{method}_ssim"] = ssim(rounded, shave(hr, args.scale))
-        if args.save_images:
-            save_comparison(path, args, hr, ilr, pictures["srcnn"], row)
-        return row
+                save_comparison(path, args, pair, pictures["srcnn"], rows[-1])
+        return rows
 
     found, status = for_each(paths, evaluate_path)
     rows = [row for rows in found for row in rows]
@@ -281,6 +251,65 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
         if args.csv:
             write_csv(args.csv, max(rows, key=len), rows)
     return status
+
+
+def read_pairs(
+    path: Path,
+    paths: list[Path],
+    partners: list[Path],
+    args: argparse.Namespace,
+    model: nn.Module | None,
+) -> list[tuple[str, Pair]]:
+    """(name, Pair) of a picture, with its partner of --lr-dir, or of an evaluation file."""
+    channels = model.num_channels if model else 1
+    if path.is_file() and h5py.is_hdf5(path):
+        if args.save_images:
+            raise InputError(f"{path}: --save-images is for pictures; drop it")
+        pairs, attributes = read_eval_pairs(path, args.scale)
+        step = float(attributes.get("rounding", 1.0))  # the forks' files have 8 bits
+        return [(f"{path.name}/{i}", Pair(*pair, None, step)) for i, pair in enumerate(pairs)]
+    check_channels(channels, args)
+    if partners:
+        partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
+        return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
+    hr, step = read_levels(path, channels, args.range)
+    return [(path.name, bicubic_pair(hr, step, args.scale))]
+
+
+def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
+    """What the network makes of a pair: by the protocol, and as users get it."""
+    if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
+        raise InputError("has other channels than the weights; take others")
+    pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
+    if pair.lr is not None:
+        pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)
+    return pictures
+
+
+def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespace) -> np.ndarray:
+    """Another program's picture, as the protocol takes it, of the size of `hr`."""
+    with naming(result):
+        image = open_image(result)
+        if decode(open_image(path)).mode == "L":  # a grey picture, saved as RGB
+            image = image.convert("L")
+        levels, _ = levels_of(image, 1, args.range)
+    levels = levels if levels.shape == hr.shape else crop_to_multiple(levels, args.scale)
+    if levels.shape != hr.shape:
+        raise InputError(f"{path} and {result}: differ in size; name whole results")
+    return levels
+
+
+def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
+    """The row of scores of a picture, taken as ground truth."""
+    least = 11 + 2 * scale * (scale > 1)
+    if min(pair.hr.shape[-2:]) < least:
+        raise InputError(f"too small to measure; needs {least} pixels")
+    row = {"image": name, "scale": scale}
+    for method, picture in pictures.items():
+        row[f"{method}_psnr"] = shaved_psnr(picture, pair.hr, scale, pair.step)
+        rounded = shave(to_8bit(picture, pair.step), scale)
+        row[f"{method}_ssim"] = ssim(rounded, shave(pair.hr, scale))
+    return row
 
 
 def print_scores(rows: list[dict], scale: int) -> None:
@@ -301,18 +330,13 @@ def comparison_path(args: argparse.Namespace, path: Path, name: str) -> Path:
 
 
 def save_comparison(
-    path: Path,
-    args: argparse.Namespace,
-    hr: np.ndarray,
-    ilr: np.ndarray,
-    srcnn: np.ndarray,
-    row: dict,
+    path: Path, args: argparse.Namespace, pair: Pair, srcnn: np.ndarray, row: dict
 ) -> None:
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
-    pictures = [hr, to_8bit(ilr), to_8bit(srcnn)]
+    pictures = [pair.hr, to_8bit(pair.ilr), to_8bit(srcnn)]
     rgb = crop_to_multiple(read_levels(path, 3, args.range)[0], args.scale)
     # Colour comes from bicubic; that of a pair is not known, and grey is shown.
-    if args.lr_dir is None and hr.ndim == 2 and np.ptp(rgb, axis=0).any():
+    if args.lr_dir is None and pair.hr.ndim == 2 and np.ptp(rgb, axis=0).any():
         chroma = rgb_to_ycbcr(rgb)[1:]
         chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
         pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]

@@ -272,8 +272,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Nearly U V^T of the singular value decomposition U S V^T, by Newton-Schulz steps.
 
-    The quintic's coefficients are Jordan's: chosen for speed, so that five steps bring
-    singular values from above 0.003 of the norm to between 0.6 and 1.2, not to exactly 1.
+    The quintic's coefficients are Jordan's, chosen for speed: five steps bring singular
+    values above 0.003 of the norm to between 0.68 and 1.21, not to exactly 1.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
@@ -485,7 +485,7 @@ def load_checkpoint(path: Path, defaults: dict) -> dict:
             cure = "train anew, or go on from its weights with --init"
             raise InputError(f"{path}: is from an earlier version of train.py; {cure}")
         saved = checkpoint["args"]
-        check_types(saved, defaults | {"lr": 0.0, "train_file": [""]})
+        check_types(saved, defaults | {"lr": 0.0, "train_file": [""], "outputs_dir": None})
         for name in LENGTHS:
             if not isinstance(saved.get(name), (int, float, NoneType)):
                 raise TypeError(f"{name} is {saved[name]!r}")
@@ -529,8 +529,8 @@ def load_run(
             average.load_state_dict(checkpoint["average"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-            for p, kept in optimizer.state.items():
-                if any(value.dim() and value.shape != p.shape for value in kept.values()):
+            for p, entry in optimizer.state.items():
+                if any(value.dim() and value.shape != p.shape for value in entry.values()):
                     raise ValueError("state of another network")
         counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
         if any(tuple(row) != COLUMNS for row in counters.history):

@@ -194,7 +194,9 @@ def naming(path: object) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise (error if str(path) in str(error) else InputError(f"{path}: {error}")) from error
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
 
 
 def expand(names: Iterable[str | Path]) -> list[Path]:
@@ -553,13 +555,13 @@ def check_outputs(
     Args:
         outputs: (the flag or file that asks for it, where it goes).
     """
-    taken = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
+    places = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
     for name, output in outputs:
         place = os.path.normcase(os.path.realpath(output))
-        if place in taken:
-            where = f"{output} would overwrite {taken[place]}"
+        if place in places:
+            where = f"{output} would overwrite {places[place]}"
             raise InputError(f"{name}: {where}; name another output")
-        taken[place] = output
+        places[place] = output
 
 
 def available_memory() -> int:

@@ -1,6 +1,7 @@
 """Training: the loop, its files, resuming, killing, several processes."""
 
 import csv
+import io
 import math
 import os
 import random
@@ -14,6 +15,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from conftest import FULL_DISK, ROOT, needs_data, noise, refused, spawn, tree
 
 import train
@@ -255,6 +258,44 @@ def test_a_file_of_six_gigabytes_trains_in_bounded_memory(h5_files, tmp_path):
     assert 0.1e9 < peak < 1.5e9
 
 
+def test_steps_end_a_run_in_the_middle_of_an_epoch_with_an_evaluation(call, base, tmp_path):
+    at = base.index("--num-epochs")
+    assert call("train", *base[:at], "--steps", 6).status == 0
+    assert torch.load(tmp_path / "out/x3/last.pth", weights_only=True)["counters"]["steps"] == 6
+    assert [row["epoch"] for row in history(tmp_path / "out/x3")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("order", [4, 8])
+def test_symmetric_training_makes_a_plain_file_that_commutes_with_turns(
+    call, h5_files, tmp_path, order
+):
+    files = ["--train-file", h5_files[0], "--eval-file", h5_files[1], "--outputs-dir", tmp_path]
+    layers = ["--filters", 20, 17, "--kernel-sizes", 5, 3, 5, "--optimizer", "muon"]
+    layers += ["--warmup", 0, "--ema", 0.5, "--lr", 0.01, "--symmetry", order]
+    assert call("train", *files, *layers, "--num-epochs", 10).status == 0
+    plain = torch.load(tmp_path / "x3/best.pth", weights_only=True)
+    assert list(plain) == list(SRCNN().state_dict())
+    model, x = load_srcnn(tmp_path / "x3/last.pth").double(), torch.rand(1, 1, 21, 21).double()
+    assert (model(x) - x).abs().max() > 1e-2
+    flips = (lambda t: t, lambda t: t.flip(3)) if order == 8 else (lambda t: t,)
+    for turns in range(4):
+        for flip in flips:
+            turned = torch.rot90(flip(model(x)), turns, (2, 3))
+            assert (model(torch.rot90(flip(x), turns, (2, 3))) - turned).abs().max() < 1e-5
+    if order == 4:
+        assert (model(x.flip(3)) - model(x).flip(3)).abs().max() > 1e-5
+    copies = len(model.conv1.weight.flatten(1).norm(dim=1).mul(1e4).round().unique())
+    assert copies == 8 + (20 - 8) // order + (20 - 8) % order
+
+
+def test_a_recipe_sets_defaults_which_typed_flags_override(base):
+    words = [str(x) for x in base] + ["--recipe", "forks"]
+    args, _ = train.parse_args([*words, "--ema", "0.5"])
+    assert (args.lr, args.init, args.augment, args.ema) == (1e-4, "default", False, 0.5)
+    assert train.parse_args([*words[:-1], "paper"])[0].optimizer == "sgd"
+    assert train.parse_args(words[:-2])[0].optimizer == "adam"
+
+
 # --- resuming -----------------------------------------------------------------------
 
 
@@ -425,6 +466,24 @@ def test_a_damaged_checkpoint_is_refused(call, base, tmp_path):
     for damaged in (b"", content[:1000], (last.parent / "best.pth").read_bytes()):
         last.write_bytes(damaged)
         assert refused(call("train", "--resume", last), "last.pth")
+
+
+def test_tensorboard_gets_the_history_and_a_picture(call, base, h5_files, tmp_path):
+    result = call("train", *base, "--tensorboard")
+    assert result.status == 0, result.err
+    events = EventAccumulator(str(tmp_path / "out/x3/tensorboard")).Reload()
+    rows = history(tmp_path / "out/x3")
+    for name in ("loss", "psnr", "learning_rate", "seconds"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(int(row["epoch"]), float(row[name])) for row in rows]
+        assert np.allclose(written, expected, rtol=1e-5)
+    (title,) = events.Tags()["images"]
+    picture = Image.open(io.BytesIO(events.Images(title)[-1].encoded_image_string))
+    with h5py.File(h5_files[1]) as file:
+        hr = np.asarray(file["hr/0"])
+    assert picture.size == (3 * hr.shape[1], hr.shape[0])
+    original = np.asarray(picture.convert("L"))[:, -hr.shape[1] :]
+    assert np.abs(original - hr).max() <= 1
 
 
 def test_tensorboard_says_how_to_install_it_where_it_is_not(call, base, monkeypatch):
