@@ -133,9 +133,8 @@ class H5Patches(Dataset):
         """(ilr, hr) of these patches, in this order, each len(indices) x C x P x P."""
         indices = np.asarray(indices)
         pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
-        if self.files is None:
-            self.files = [self._open(path) for path in self.paths]
-        for i, file in enumerate(self.files):
+        self.files = self.files or [None] * len(self.paths)
+        for i, path in enumerate(self.paths):
             start, stop = self.starts[i : i + 2]
             (places,) = np.nonzero((indices >= start) & (indices < stop))
             if not len(places):
@@ -144,16 +143,12 @@ class H5Patches(Dataset):
             rows, inverse = np.unique(indices[places] - start, return_inverse=True)
             if rows[-1] - rows[0] + 1 == len(rows):
                 rows = slice(rows[0], rows[-1] + 1)
-            with reading(self.paths[i], "h5 file", CURE):
+            with reading(path, "h5 file", CURE):
+                self.files[i] = self.files[i] or h5py.File(path, "r")
                 for target, name in zip(pair, ("lr", "hr")):
-                    values = read_rows(self.paths[i], file[name], rows)
+                    values = read_rows(path, self.files[i][name], rows)
                     target[places] = values.reshape(-1, *self.patch_shape)[inverse]
         return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
-
-    @staticmethod
-    def _open(path: str | Path) -> h5py.File:
-        with reading(path, "h5 file", CURE):
-            return h5py.File(path, "r")
 
 
 def free_memory(device: torch.device) -> int:

@@ -10,7 +10,7 @@ import argparse
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while torch loads, too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while libraries load
 
 import hashlib
 import io
@@ -74,6 +74,8 @@ def read_pairs(
                 yield name, read_pair(name, partner, args.scale, args.num_channels, args.range)
                 continue
             image = dead_leaves(name) if args.synthetic else open_image(name)
+            if factors and image.mode in ("1", "P"):  # which Pillow does not interpolate
+                image = image.convert("L" if image.mode == "1" else "RGB")
             for factor in (1, *factors):
                 size = [max(1, round(factor * side)) for side in image.size]
                 copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)

@@ -12,7 +12,7 @@ import argparse
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while torch loads, too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while libraries load
 
 import copy
 import io
@@ -64,8 +64,7 @@ class Counters:
 def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> int:
     """A run, from its h5 files to best.pth; returns 0, or 128 + the signal that stopped it.
 
-    Order and flips of the patches follow from the seed and the epoch's number: there is no
-    random state to keep.
+    Order and flips of the patches follow from seed and epoch: no random state is to be kept.
     """
     distributed = "RANK" in os.environ
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -76,14 +75,13 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     tables = symmetry_tables(model, args.symmetry)
     optimizers = make_optimizers(model, args.optimizer, args.lr)
-    step = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
+    rounding = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
     counters, best = Counters(), weights_of(model)
     folder = run_folder(args)
-    board = open_board(folder) if args.tensorboard and rank == 0 else None
     if checkpoint:
         counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
     elif rank == 0:
-        counters.best, _ = evaluate(average, pairs, args.scale, step)
+        counters.best, _ = evaluate(average, pairs, args.scale, rounding)
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
@@ -107,9 +105,10 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 save()
         where = "streamed" if batches.stream else f"on {device}"
         if pairs:
-            scores = (shaved_psnr(ilr, hr, args.scale, step) for ilr, hr in pairs)
+            scores = (shaved_psnr(ilr, hr, args.scale, rounding) for ilr, hr in pairs)
             against = f"bicubic has {fmean(scores):.2f} dB"
         print(f"{len(batches.patches)} patches {where}; {against}", flush=True)
+    board = open_board(folder) if args.tensorboard and rank == 0 else None
     received = remember_signals()
     while counters.step or planned(args, counters, len(batches)) < 1:
         errors, title = [], f"epoch {counters.epoch}"
@@ -145,7 +144,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 if received or planned(args, counters, len(batches)) >= 1:
                     break
         counters.seconds = time.perf_counter() - started
-        if errors:  # a lost worker or a damaged patch: what was learned is kept
+        if errors:  # a lost worker or a damaged patch: what rank 0 has learned is kept
             counters.loss_sum = loss_sum.item()
             save()
             raise errors[0]
@@ -161,7 +160,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             return 128 + received[0]
         check_finite(counters, optimizers)
         if rank == 0:
-            score, picture = evaluate(average, pairs, args.scale, step)
+            score, picture = evaluate(average, pairs, args.scale, rounding)
             counters.seconds = time.perf_counter() - started
             rate, loss = optimizers[0].param_groups[0]["lr"], counters.loss_sum / counters.step
             psnr = score if pairs else None
@@ -171,8 +170,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 counters.best, best = score, weights_of(average)
             if args.save_every and counters.epoch % args.save_every == 0:
                 write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
-            if board and pairs:
-                add_to_board(board, pairs[0], picture, row)
+            if board:
+                add_to_board(board, pairs[:1], picture, row)
             print_row(row)
         counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
         save()
@@ -185,17 +184,17 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
 
 
 def evaluate(
-    model: SRCNN, pairs: list, scale: int, step: float = 1.0
+    model: SRCNN, pairs: list, scale: int, rounding: float = 1.0
 ) -> tuple[float, np.ndarray | None]:
     """Mean PSNR in dB of (ilr, hr) pictures, by the paper's protocol; the first, restored.
 
-    Without pictures -inf and None. `step` is to_8bit's.
+    Without pictures -inf and None. `rounding` is the step of to_8bit.
     """
     first, scores = None, []
     for ilr, hr in pairs:
         restored = restore(model, ilr)
         first = restored if first is None else first
-        scores.append(shaved_psnr(restored, hr, scale, step))
+        scores.append(shaved_psnr(restored, hr, scale, rounding))
     return (fmean(scores) if scores else -math.inf), first
 
 
@@ -554,15 +553,16 @@ def open_board(folder: Path) -> object:
     return SummaryWriter(folder / "tensorboard")
 
 
-def add_to_board(board: object, pair: tuple, restored: np.ndarray, row: dict) -> None:
-    """An epoch's row, and the first picture as bicubic | SRCNN | original."""
-    ilr, hr = pair
-    side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
-    layout = "HW" if hr.ndim == 2 else "CHW"
-    title = "bicubic, SRCNN, original"
-    board.add_image(title, side_by_side, row["epoch"], dataformats=layout)
+def add_to_board(board: object, pairs: list, restored: np.ndarray | None, row: dict) -> None:
+    """An epoch's row, and the first picture, if there is one, as bicubic | SRCNN | original."""
+    for ilr, hr in pairs:
+        side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
+        layout = "HW" if hr.ndim == 2 else "CHW"
+        title = "bicubic, SRCNN, original"
+        board.add_image(title, side_by_side, row["epoch"], dataformats=layout)
     for name in COLUMNS[1:]:
-        board.add_scalar(name, row[name], row["epoch"])
+        if row[name] is not None:
+            board.add_scalar(name, row[name], row["epoch"])
     board.flush()
 
 
@@ -571,8 +571,8 @@ def add_to_board(board: object, pair: tuple, restored: np.ndarray, row: dict) ->
 
 def agree(counters: Counters, received: list[int], like: torch.Tensor) -> None:
     """Give every rank the same clock and signal, or one would wait for ever."""
-    number = received[0] if received else 0
-    shared = torch.tensor([counters.seconds, number], dtype=torch.float64).to(like)
+    signum = received[0] if received else 0
+    shared = torch.tensor([counters.seconds, signum], dtype=torch.float64).to(like)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     counters.seconds = shared[0].item()
     received[:] = [int(shared[1].item())] * bool(shared[1])
@@ -582,8 +582,8 @@ def remember_signals() -> list[int]:
     """The signals received from now on: the step under way ends first; a second ends at once."""
     received = []
 
-    def remember(number: int, frame: object) -> None:
-        received.append(number)
+    def remember(signum: int, frame: object) -> None:
+        received.append(signum)
         on_stop_signals(exit_by_signal)
 
     on_stop_signals(remember)
@@ -672,9 +672,9 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     checkpoint = load_checkpoint(path, defaults)
     saved = checkpoint["args"]
     for name, value in typed.items():
-        if name not in FREE and saved[name] != value:
+        if name not in FREE and saved.get(name, defaults[name]) != value:
             flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-            raise InputError(f"{flag}: {path} was trained with {saved[name]}; drop the flag")
+            raise InputError(f"{flag}: {path} was trained with {saved.get(name)}; drop the flag")
     if LENGTHS & typed.keys():  # one replaces the other
         saved = saved | dict.fromkeys(LENGTHS)
     known = defaults | saved | {"outputs_dir": None} | typed | {"resume": str(path)}

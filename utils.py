@@ -233,7 +233,9 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
             and (results or not re.search(r"_srcnn_x[\d.]+$", p.stem))
         ]
         if not found:
-            raise InputError(f"{path}: no image in it but results of test.py; name pictures")
+            raise InputError(
+                f"{path}: no image in it (results of test.py do not count); name pictures"
+            )
         paths += found
     return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
 
@@ -244,7 +246,8 @@ def find_partner(
     """The one of the candidates that belongs to `path`, one of the `paths`.
 
     That is the one of the same stem, else the only one whose stem goes on after it (0801x3
-    or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale.
+    or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale, else the
+    only one in a folder of the same name.
 
     Raises:
         InputError: none, or several.
@@ -493,7 +496,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # a link stays one
     missing = [folder for folder in target.parents if not folder.exists()]
     partial = None
-    leftovers = LEFTOVERS[:]
     try:
         LEFTOVERS.extend(missing)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -512,7 +514,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         clear_up()
-        LEFTOVERS[:] = leftovers
+        LEFTOVERS.clear()
 
 
 LEFTOVERS: list[Path] = []  # partial files and new folders, to be removed at any end
@@ -654,10 +656,10 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
             signal.signal(getattr(signal, name), handler)
 
 
-def exit_by_signal(number: int, frame: object) -> None:
+def exit_by_signal(signum: int, frame: object) -> None:
     """A signal handler that ends the program at once, wherever it is; nothing partial is left."""
     clear_up()
-    os._exit(128 + number)
+    os._exit(128 + signum)
 
 
 def ignore_signals(worker: int) -> None:
