@@ -22,16 +22,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import (
-    InputError,
-    available_memory,
-    decode,
-    fill_transparent,
-    reading,
-    resize,
-    rgb_to_ycbcr,
-    ycbcr_to_rgb,
-)
+from utils import InputError, available_memory, decode, fill_transparent, reading, resize
+from utils import rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
 

@@ -32,16 +32,8 @@ from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device,
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
 from utils import InputError, atomic_path, check_outputs, naming, write_csv
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
-from utils import (
-    crop_to_multiple,
-    degrade,
-    levels_of,
-    read_levels,
-    read_pair,
-    rgb_to_ycbcr,
-    ycbcr_to_rgb,
-)
-from utils import shave, shaved_psnr, ssim, to_8bit
+from utils import crop_to_multiple, degrade, levels_of, read_levels, read_pair, rgb_to_ycbcr
+from utils import shave, shaved_psnr, ssim, to_8bit, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # JPEG without subsampling (4:4:4); PNG somewhat larger than usual, in a fraction of the time.
