@@ -32,7 +32,7 @@ from tqdm import tqdm
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, run
 from utils import InputError, atomic_path, check_outputs, expand, naming, write_whole
 from utils import Pair, bicubic_pair, find_images, find_partner, levels_of, open_image, read_pair
-from utils import rgb_to_ycbcr
+from utils import reading, rgb_to_ycbcr
 
 VERSION = 1  # of the h5 layout
 CHUNK = 64 << 10  # bytes: small enough to read single patches, few enough to index
@@ -237,10 +237,8 @@ def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
     return {name: d for name, d in manifest.items() if not present(name, d)}
 
 
-def extract(
-    archive: str | Path | io.IOBase, name: str, folder: Path, wanted: dict[str, str]
-) -> None:
-    """Write the wanted files of a zip archive to where the manifest puts them.
+def extract(archive: io.IOBase, name: str, folder: Path, wanted: dict[str, str]) -> None:
+    """Write the wanted files of an open zip archive to where the manifest puts them.
 
     They are found by content: the archive's own names, which might lead out of
     `folder`, are never used.
@@ -249,8 +247,6 @@ def extract(
         InputError: no zip archive, or a corrupt one; `name` is what it is called.
     """
     try:
-        if isinstance(archive, str) and Path(archive).exists() and not Path(archive).is_file():
-            raise InputError(f"{archive}: is no regular file; pass --archive FILE.zip")
         with zipfile.ZipFile(archive) as opened:
             for entry in opened.infolist():
                 if entry.file_size > LARGEST:
@@ -262,8 +258,6 @@ def extract(
                     write_whole(folder / target, content)
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file; pass --archive FILE.zip") from error
     except Exception as error:  # zipfile raises many kinds for a damaged archive
         raise InputError(f"{name}: no zip archive, or a corrupt one; fetch it again") from error
 
@@ -301,7 +295,8 @@ def download(
     """
     wanted = missing_files(folder, read_manifest(manifest))
     if archive:
-        extract(archive, archive, folder, wanted)
+        with reading(archive, "file", "pass --archive FILE.zip"), open(archive, "rb") as file:
+            extract(file, archive, folder, wanted)
         wanted = missing_files(folder, wanted)
     for url in [] if archive else sources:
         if not wanted:
@@ -399,11 +394,12 @@ def main(args: argparse.Namespace) -> None:
     for path, chosen, whole_pictures in jobs:
         attributes = {"scale": args.scale, "version": VERSION}
         attributes["degradation"] = "given" if partners else args.degradation
-        append, factors, what = append_picture, [], "pictures"
+        append, what = append_picture, "pictures"
         if not whole_pictures:
             append = partial(append_patches, size=args.patch_size, stride=args.stride)
             attributes |= {"patch_size": args.patch_size, "stride": args.stride}
-            factors, what = args.shrink, "patches"
+            what = "patches"
+        factors = args.shrink if whole_pictures == args.eval else []  # none of those held out
         pairs = read_pairs(args, chosen, partners, factors)
         total = len(chosen) * (1 + len(factors))
         bar = tqdm(pairs, "pictures", total, leave=False, disable=None)

@@ -72,8 +72,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     tables = symmetry_tables(model, args.symmetry)
+    average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     rounding = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
     counters, best = Counters(), weights_of(model)
