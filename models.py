@@ -146,6 +146,45 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
     return model.to(device)
 
 
+def to_onnx(model: SRCNN, scale: int) -> bytes:
+    """The content of an ONNX file: Pad, Conv, Relu, ..., Conv, for pictures of any size.
+
+    Its input `ilr` and its output `sr` are N x C x H x W, 0..1, as in SRCNN.forward; what they
+    are also stands in the file's metadata.
+
+    Raises:
+        InputError: the package onnx is not installed.
+    """
+    try:
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError as error:
+        raise InputError("--export: needs the package onnx; pip install onnx") from error
+    kernels = [str(layer.kernel_size[0]) for layer in model.layers]
+    pads = np.array(2 * [0, 0, model.halo, model.halo])
+    tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}
+    nodes, x = [helper.make_node("Pad", ["ilr", "pads"], ["padded"], mode="edge")], "padded"
+    for i in range(1, len(kernels) + 1):
+        y = "sr" if i == len(kernels) else f"conv{i}"
+        nodes.append(helper.make_node("Conv", [x, f"conv{i}.weight", f"conv{i}.bias"], [y]))
+        if y != "sr":
+            nodes.append(helper.make_node("Relu", [y], [x := f"relu{i}"]))
+    shape = ["N", model.num_channels, "H", "W"]
+    ends = (helper.make_tensor_value_info(end, TensorProto.FLOAT, shape) for end in ("ilr", "sr"))
+    weights = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "SRCNN", *([end] for end in ends), weights)
+    opset = helper.make_opsetid("", 13)
+    exported = helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="SRCNN")
+    what = {1: "luma (BT.601, Y / 255)", 3: "RGB"}.get(model.num_channels, "planes")
+    says = f"ilr: {what} in 0..1, enlarged {scale} times by bicubic, N x C x H x W of any size; "
+    says += "sr: the same, restored, not clipped"
+    properties = {"names": "ilr, sr", "scale": str(scale), "channels": str(model.num_channels)}
+    properties |= {"kernel_sizes": "-".join(kernels), "input": says}
+    helper.set_model_props(exported, properties)
+    onnx.checker.check_model(exported)
+    return exported.SerializeToString()
+
+
 # --- inference ------------------------------------------------------------------------------
 
 TILE = 256  # output pixels a side on a CPU: a core's activations then take 20 MB, not gigabytes

@@ -3,6 +3,7 @@
 python test.py                                         # the bundled picture, x3
 python test.py --image-file photo.jpg --scale 2        # writes photo_srcnn_x2.png
 python test.py --eval --image-file data/Set5 --scale 3 # PSNR and SSIM, the paper's way
+python test.py --export srcnn_x3.onnx --scale 3        # the network, for other programs
 """
 
 import argparse
@@ -28,9 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 from datasets import read_eval_pairs
-from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device, restore
+from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device, restore, to_onnx
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
-from utils import InputError, atomic_path, check_outputs, naming, write_csv
+from utils import InputError, atomic_path, check_outputs, naming, write_csv, write_whole
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
 from utils import crop_to_multiple, degrade, levels_of, read_levels, read_pair, rgb_to_ycbcr
 from utils import shave, shaved_psnr, ssim, to_8bit, ycbcr_to_rgb
@@ -38,6 +39,7 @@ from utils import shave, shaved_psnr, ssim, to_8bit, ycbcr_to_rgb
 ROOT = Path(__file__).resolve().parent
 # JPEG without subsampling (4:4:4); PNG somewhat larger than usual, in a fraction of the time.
 SAVE_OPTIONS = {"JPEG": {"quality": 95, "subsampling": 0}, "PNG": {"compress_level": 1}}
+NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}  # files of weights/
 LONGEST_SIDES = {"JPEG": 65535, "WEBP": 16383, "GIF": 65535}  # that the formats can hold
 
 
@@ -54,13 +56,14 @@ def choose_scale(args: argparse.Namespace) -> int:
 
 
 def weights_path(args: argparse.Namespace) -> Path:
-    """The file of --weights-file, or the one that weights/ holds for --scale."""
+    """The file of --weights-file, or the one that weights/ holds for --network and --scale."""
     if args.weights_file is not None:
         return Path(args.weights_file)
-    path = ROOT / "weights" / f"srcnn_x{args.scale}.pth"
+    prefix = f"{NETWORKS[args.network or '9-5-5']}_x"
+    path = ROOT / "weights" / f"{prefix}{args.scale}.pth"
     if not path.is_file():
-        names = (found.stem for found in path.parent.glob("srcnn_x*.pth"))
-        scales = ", ".join(sorted(name.removeprefix("srcnn_x") for name in names))
+        names = (found.stem for found in path.parent.glob(f"{prefix}*.pth"))
+        scales = ", ".join(sorted(name.removeprefix(prefix) for name in names))
         cure = "choose one or pass --weights-file"
         raise InputError(f"--scale {args.scale}: there are weights for {scales}; {cure}")
     return path
@@ -346,6 +349,21 @@ def save_comparison(
         save_image(image, comparison_path(args, path, name), {})
 
 
+# --- export ---------------------------------------------------------------------------------
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the network as an ONNX file."""
+    for flag in ("eval", "output", "outscale", "half", "self_ensemble"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag.replace('_', '-')}: goes without --export")
+    path = weights_path(args)
+    check_outputs([("--export", args.export)], [path])
+    write_whole(args.export, to_onnx(load_srcnn(path), args.scale))
+    print(args.export)
+    return 0
+
+
 # --- command line ---------------------------------------------------------------------------
 
 
@@ -360,7 +378,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     text = "(default: what the name of --weights-file says, else 3)"
     add("--scale", type=number(int, 1, 65), help=text)
-    add("--weights-file", help="(default: weights/srcnn_xS.pth of this repository)")
+    add("--network", choices=tuple(NETWORKS), help="of weights/ (default: 9-5-5; 9-1-5 is faster)")
+    add("--weights-file", help="weights of your own, instead of those of --network")
     add("--self-ensemble", action="store_true", help="mean of 8 flips; 8 times slower")
     steps = "steps that make the result agree with the input (default: 1)"
     add("--back-projection", type=number(int, 0, 101), default=1, metavar="N", help=steps)
@@ -369,6 +388,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", help="file, or folder (default: NAME_srcnn_xS.png beside NAME)")
     text = "enlarge by any number: by the next whole scale, then reduced by bicubic"
     add("--outscale", type=number(float, 1, 64), metavar="F", help=text)
+
+    text = "write the network for other programs; goes with --network or --weights-file, --scale"
+    add("--export", metavar="FILE.onnx", help=text)
 
     add = parser.add_argument_group("measuring").add_argument
     add("--eval", action="store_true", help="pictures are ground truth: measure")
@@ -391,7 +413,11 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(f"--{flag.replace('_', '-')}: goes with --eval")
     if args.results is not None and args.save_images:
         raise InputError("--save-images: goes without --results")
+    if args.network and args.weights_file is not None:
+        raise InputError("--network: goes without --weights-file")
     args.scale = choose_scale(args)
+    if args.export is not None:
+        return export(args)
     if args.outscale and (args.eval or args.outscale > args.scale):
         limit = f"goes without --eval, up to the scale of the network, {args.scale}"
         raise InputError(f"--outscale {args.outscale:g}: {limit}")

@@ -130,7 +130,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             for optimizer in optimizers:
                 optimizer.step()
             if args.ema:
-                update_average(average, model, 1 - args.ema if counters.steps else 1.0)
+                update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
             loss_sum += loss.detach()
             counters.step, counters.steps = counters.step + 1, counters.steps + 1
             if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
@@ -238,7 +238,7 @@ NUM_EPOCHS = 400  # the forks'
 HISTORICAL = {"schedule": "constant", "warmup": 0, "ema": 0.0, "augment": False}
 RECIPES = {
     "adam": {},
-    "fast": {"optimizer": "muon", "symmetry": 4, "lr": 0.008, "batch_size": 8, "bf16": 0.7},
+    "fast": {"optimizer": "muon", "symmetry": 4, "batch_size": 4, "bf16": 0.7},
     "forks": {"lr": 1e-4, "init": "default", **HISTORICAL},
     "paper": {"optimizer": "sgd", "init": "gaussian", **HISTORICAL},
 }
@@ -292,9 +292,10 @@ def make_optimizers(model: SRCNN, name: str, rate: float) -> list[torch.optim.Op
     else:
         first = {"params": [p for layer in hidden for p in layer.parameters()]}
         groups = [first, {"params": last.parameters(), "lr": rate * LAST_LAYER}]
-        adam = name == "adam"
-        optimizer = torch.optim.Adam if adam else torch.optim.SGD
-        optimizers = [optimizer(groups, rate, **({} if adam else {"momentum": 0.9}))]
+        if name == "adam":
+            optimizers = [torch.optim.Adam(groups, rate)]
+        else:
+            optimizers = [torch.optim.SGD(groups, rate, momentum=0.9)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["full_lr"] = group["lr"]
     return optimizers
@@ -630,7 +631,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
-    add("--ema", type=number(float, 0, 1), default=0.995, help="average of weights; 0: none")
+    add("--ema", type=number(float, 0, 1), default=0.999, help="average of weights; 0: none")
     order = "train filters in sets of turned copies: 4 turns, or 8 with flips; 1: free (default)"
     add("--symmetry", type=int, choices=(1, 4, 8), default=1, help=order)
     bf16 = "the first 0.7 (or that much) of training in bfloat16: there twice as fast"

@@ -2,12 +2,14 @@
 
 python tests/benchmark.py train
 python tests/benchmark.py upscale
-python tests/benchmark.py time-to-psnr -- --optimizer muon --bf16 --minutes 4
+python tests/benchmark.py time-to-psnr --seeds 1 2 "--recipe fast --minutes 1" "--minutes 4"
 """
 
 import argparse
 import csv
+import itertools
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -219,20 +221,24 @@ def benchmark_time_to_psnr(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = []
         size = ["--patch-size", args.patch_size, "--stride", args.stride]
+        size += ["--shrink", *args.shrink] if args.shrink else []
         for name, more in ("T91", size), ("Set5", ["--eval"]):
             files.append(Path(folder, f"{name}.h5"))
             images = ["--images-dir", ROOT / "data" / name, "--scale", args.scale]
             argv = [*images, "--output-path", files[-1], *more]
             prepare.main(prepare.get_args_parser().parse_args(list(map(str, argv))))
         command = [ROOT / "train.py", "--train-file", files[0], "--eval-file", files[1]]
-        run([*command, "--scale", args.scale, "--outputs-dir", folder, *args.recipe])
-        with Path(folder, f"x{args.scale}", "history.csv").open() as file:
-            rows = [(float(r["psnr"]), float(r["seconds"])) for r in csv.DictReader(file)]
-    print(" ".join(args.recipe))
-    for target in args.target or [32.39, 32.75]:
-        passed = [seconds for psnr, seconds in rows if psnr >= target]
-        print(f"{target:.2f} dB: " + (f"{passed[0]:.1f} s" if passed else "not reached"))
-    print(f"best: {max(rows)[0]:.3f} dB; whole run: {rows[-1][1]:.1f} s")
+        command += ["--scale", args.scale, "--outputs-dir", folder]
+        targets = args.target or [32.39, 32.75]
+        for seed, recipe in itertools.product(args.seeds, args.recipes):  # in turn
+            run([*command, "--seed", seed, *shlex.split(recipe)])
+            with Path(folder, f"x{args.scale}", "history.csv").open() as file:
+                rows = [(float(r["psnr"]), float(r["seconds"])) for r in csv.DictReader(file)]
+            print(f"seed {seed}, {recipe}:", end="")
+            for target in targets:
+                passed = [f"after {seconds:.1f} s" for psnr, seconds in rows if psnr >= target]
+                print(f"  {target:.2f} dB {passed[0] if passed else 'not reached'}", end="")
+            print(f"  last {rows[-1][0]:.3f} dB after {rows[-1][1]:.1f} s", flush=True)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -254,7 +260,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     psnr.add_argument("--scale", type=int, default=3)
     psnr.add_argument("--patch-size", type=int, default=64)
     psnr.add_argument("--stride", type=int, default=16)
-    psnr.add_argument("recipe", nargs="*", help="flags of train.py, after --")
+    psnr.add_argument("--shrink", nargs="+", default=[])
+    psnr.add_argument("--seeds", type=int, nargs="+", default=[1])
+    psnr.add_argument("recipes", nargs="+", help="flags of train.py in quotes, run in turn")
     psnr.set_defaults(main=benchmark_time_to_psnr)
     return parser
 
