@@ -34,7 +34,7 @@ from utils import ArgumentParser, add_picture_flags, check_picture_flags, number
 from utils import InputError, atomic_path, check_outputs, naming, write_csv, write_whole
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
 from utils import crop_to_multiple, degrade, levels_of, read_levels, read_pair, rgb_to_ycbcr
-from utils import shave, shaved_psnr, ssim, to_8bit, ycbcr_to_rgb
+from utils import psnr, rounded_luma, shave, ssim, to_8bit, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # JPEG without subsampling (4:4:4); PNG somewhat larger than usual, in a fraction of the time.
@@ -295,28 +295,36 @@ def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespa
 
 
 def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
-    """The row of scores of a picture, taken as ground truth."""
+    """The row of scores of a picture, taken as ground truth; in colour also PSNR over RGB."""
     least = 11 + 2 * scale * (scale > 1)
     if min(pair.hr.shape[-2:]) < least:
         raise InputError(f"too small to measure; needs {least} pixels")
     row = {"image": name, "scale": scale}
     for method, picture in pictures.items():
-        row[f"{method}_psnr"] = shaved_psnr(picture, pair.hr, scale, pair.step)
-        rounded = shave(to_8bit(picture, pair.step), scale)
-        row[f"{method}_ssim"] = ssim(rounded, shave(pair.hr, scale))
+        truth, rounded = (shave(p, scale) for p in (pair.hr, to_8bit(picture, pair.step)))
+        rgb = {}
+        if len(truth) == 3:
+            rgb = {f"{method}_rgb_psnr": psnr(rounded, truth)}
+            truth, rounded = (rounded_luma(p, pair.step) for p in (truth, rounded))
+        luma = {f"{method}_psnr": psnr(rounded, truth), f"{method}_ssim": ssim(rounded, truth)}
+        row |= luma | rgb
     return row
 
 
 def print_scores(rows: list[dict], scale: int) -> None:
     """A table of the rows, and of their means (protocol step 6)."""
     width = max(5, *(len(row["image"]) for row in rows))
-    columns = [name for name in rows[0] if all(name in row for row in rows)]
-    methods = [name.removesuffix("_psnr") for name in columns if name.endswith("_psnr")]
-    print(f"{f'x{scale}':{width}}" + "".join(f"{method:>9} dB    SSIM" for method in methods))
-    averages = {name: fmean(row[name] for row in rows) for name in columns[2:]}
+    columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
+    titles = [re.sub("_psnr$", " dB", name.replace("_rgb", " RGB")) for name in columns]
+    titles = [f"{'SSIM' if title.endswith('_ssim') else title:>8}" for title in titles]
+    print(f"{f'x{scale}':{width}}  " + "  ".join(titles))
+    averages = {name: fmean(row[name] for row in rows) for name in columns}
     for row in [*rows, {"image": "mean", **averages}]:
-        cells = (f"{row[m + '_psnr']:12.2f}  {row[m + '_ssim']:.4f}" for m in methods)
-        print(f"{row['image']:{width}}" + "".join(cells))
+        cells = (
+            f"{row[name]:{len(title)}.{4 if title.endswith('SSIM') else 2}f}"
+            for name, title in zip(columns, titles)
+        )
+        print(f"{row['image']:{width}}  " + "  ".join(cells))
 
 
 def comparison_path(args: argparse.Namespace, path: Path, name: str) -> Path:

@@ -396,8 +396,12 @@ def levels_of(
         raise InputError(f"a picture has 1 or 3 channels, not {num_channels}; take other weights")
     if len(levels) == 1:
         return levels[0], step
-    luma = rgb_to_ycbcr(levels.astype(np.float64))[0]
-    return to_8bit(luma, step).astype(np.float32), step
+    return rounded_luma(levels, step), step
+
+
+def rounded_luma(rgb: np.ndarray, step: float) -> np.ndarray:
+    """The luma of a rounded picture, rounded: 3 x H x W to H x W, float32 (protocol step 1)."""
+    return to_8bit(rgb_to_ycbcr(rgb.astype(np.float64))[0], step).astype(np.float32)
 
 
 @dataclass

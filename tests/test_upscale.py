@@ -398,6 +398,26 @@ def test_scores_are_against_the_ground_truth(call, low, tmp_path, weights):
     assert (row["image"], row["scale"]) == (low.name, "4")
 
 
+def test_a_network_of_three_channels_is_scored_by_luma_and_by_rgb(call, low, tmp_path):
+    model = SRCNN(3, (8, 6), (5, 3, 5))
+    model.conv3.weight.data += 0.01  # not the identity
+    torch.save(model.state_dict(), tmp_path / "rgb.pth")
+    argv = ["--eval", "--image-file", low, "--scale", 3, "--weights-file", tmp_path / "rgb.pth"]
+    result = call("test", *argv, "--csv", tmp_path / "scores.csv")
+    assert result.status == 0
+    (row,) = csv.DictReader((tmp_path / "scores.csv").open())
+    assert list(row)[2:5] == ["bicubic_psnr", "bicubic_ssim", "bicubic_rgb_psnr"]
+    hr = pixels(low).transpose(2, 0, 1)  # 120 and 90 divide by 3
+    restored = restore(model, degrade(hr.astype(np.float32), 3)).astype(float)
+    truth, ours = (np.clip(np.floor(p + 0.5), 0, 255)[:, 3:-3, 3:-3] for p in (hr, restored))
+    rgb = metrics.peak_signal_noise_ratio(truth, ours, data_range=255)
+    assert float(row["srcnn_rgb_psnr"]) == pytest.approx(rgb, abs=1e-6)
+    weights = np.array([65.481, 128.553, 24.966]) / 255
+    truth, ours = (np.floor(np.tensordot(weights, p, 1) + 16.5) for p in (truth, ours))
+    luma = metrics.peak_signal_noise_ratio(truth, ours, data_range=255)
+    assert float(row["srcnn_psnr"]) == pytest.approx(luma, abs=1e-6)
+
+
 def test_a_folder_gives_a_row_for_each_image_and_the_mean(call, low, tmp_path, weights):
     folder = tmp_path / "set"
     folder.mkdir()
