@@ -211,7 +211,14 @@ def trained(
         where = "--eval-file", files[-1], "--scale", variant.scale, "--outputs-dir", folder
         call("train", "--train-file", *files[:-1], *where, *flags)
     train.LAST_LAYER = usual
+    write_whole(history(args, variant, seed), (last.parent / "history.csv").read_bytes())
     return last
+
+
+def history(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
+    """Where a copy of a variant's history.csv goes, for figures.py."""
+    name = f"{variant.name}-{args.steps}-{seed}.csv"
+    return Path(args.work_dir, "histories", re.sub(r"[^\w.]+", "-", name))
 
 
 # --- from a variant to its rows -------------------------------------------------------------
@@ -283,7 +290,7 @@ def score_planes(model: SRCNN | None, strategy: str, path: Path) -> list[float]:
         elif model:
             restored = restore(model, restored)
         restored = to_8bit(restored)
-        restored_rgb = to_8bit(ycbcr_to_rgb(restored))
+        restored_rgb = to_8bit(ycbcr_to_rgb(restored) if model else degrade(rgb, 3))
     pairs = [*zip(hr, restored), (hr, restored), (rgb, restored_rgb)]
     return [psnr(shave(truth, 3), shave(ours, 3)) for truth, ours in pairs]
 

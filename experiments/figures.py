@@ -1,0 +1,171 @@
+"""Pictures of what paper.py found, and of what the shipped networks have learned.
+
+python experiments/figures.py                     # after paper.py; writes experiments/*.png
+
+Needs experiments/requirements.txt. Filters and curves are ours; the photograph is scikit-image's
+`chelsea` (CC0, Stéfan van der Walt).
+"""
+
+import argparse
+import csv
+import io
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # before the standard library's own package `test`
+
+try:
+    import matplotlib
+    from matplotlib import pyplot
+    from skimage import data as pictures
+except ImportError:
+    matplotlib = None
+
+from models import load_srcnn
+from paper import BATCH, EXPERIMENTS, history, matching, read_results
+from utils import ArgumentParser, InputError, bicubic_pair, number, rounded_luma, run, write_whole
+
+# Set5 x3, as the paper's figure of convergence shows them: lines of other methods.
+OTHERS = {"bicubic": 30.39, "SC": 31.42, "KK": 32.28, "A+": 32.59}
+
+
+def save(figure: object, path: Path) -> None:
+    """Write a figure as PNG, the same bytes from the same data."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)
+    write_whole(path, buffer.getvalue())
+    print(path)
+
+
+def draw_curves(args: argparse.Namespace, experiment: str, path: Path) -> None:
+    """PSNR over backpropagations of an experiment's variants, out of their histories."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for variant in EXPERIMENTS[experiment]:
+        path_of = history(args, variant, args.seed)
+        if not path_of.is_file():
+            print(f"{path_of}: is not there; first: paper.py {experiment}", file=sys.stderr)
+            continue
+        with path_of.open() as file:
+            rows = list(csv.DictReader(file))
+        done = np.linspace(0, args.steps, len(rows) + 1)[1:]
+        axes.plot(done * BATCH, [float(row["psnr"]) for row in rows], label=variant.name)
+    if not axes.lines:
+        pyplot.close(figure)
+        return
+    for name, psnr in OTHERS.items():
+        axes.axhline(psnr, color="grey", linestyle=":", linewidth=1)
+        place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8}
+        axes.text(0.01, psnr, name, color="grey", **place)
+    axes.set(xlabel="backpropagations (steps x batch)", ylabel="PSNR on Set5 x3, dB")
+    axes.set(xlim=(0, args.steps * BATCH), ylim=(30.2, None))
+    axes.legend(loc="lower right")
+    save(figure, path)
+
+
+def draw_sizes(args: argparse.Namespace, path: Path) -> None:
+    """PSNR over the number of parameters: ours, and what the paper reports from ImageNet."""
+    rows = read_results(Path(args.results))
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for experiment, marker in ("sizes", "o"), ("filters", "s"), ("depth", "^"):
+        points, papers = [], []
+        for variant in EXPERIMENTS[experiment]:
+            found = matching(rows, args, experiment, variant)
+            found = [row for row in found if row["set"] == "Set5"]
+            if found:
+                psnr = fmean(float(row["psnr"]) for row in found)
+                points.append((int(found[0]["parameters"]), psnr))
+                papers += [(points[-1][0], variant.paper)] if variant.paper else []
+                axes.annotate(
+                    variant.name, points[-1], (3, 3), textcoords="offset points", fontsize=8
+                )
+        if points:
+            axes.plot(*zip(*points), marker, label=f"{experiment}, ours (91 images)")
+        if papers:
+            axes.plot(
+                *zip(*papers),
+                marker,
+                mfc="none",
+                color="grey",
+                label=f"{experiment}, paper (ImageNet)",
+            )
+    if not axes.lines:
+        pyplot.close(figure)
+        print("no rows of sizes, filters or depth; first: paper.py sizes", file=sys.stderr)
+        return
+    axes.set(xscale="log", xlabel="parameters", ylabel="PSNR on Set5 x3, dB")
+    axes.legend(fontsize=8)
+    save(figure, path)
+
+
+def tile(planes: np.ndarray, columns: int) -> np.ndarray:
+    """N x H x W as one picture, with lines between, each plane stretched to 0..1."""
+    low, high = (end((1, 2), keepdims=True) for end in (planes.min, planes.max))
+    planes = (planes - low) / np.maximum(high - low, 1e-12)
+    planes = np.pad(planes, ((0, -len(planes) % columns), (1, 1), (1, 1)), constant_values=1)
+    count, height, width = planes.shape
+    grid = planes.reshape(count // columns, columns, height, width).transpose(0, 2, 1, 3)
+    return grid.reshape(-1, columns * width)
+
+
+def draw_filters(path: Path) -> None:
+    """The first layer's filters, sorted by variance, at x2 and x3."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 5))
+    for ax, scale in zip(axes, (2, 3)):
+        filters = load_srcnn(ROOT / "weights" / f"srcnn_x{scale}.pth").conv1.weight[:, 0]
+        filters = filters.detach().numpy()
+        order = np.argsort(filters.var(axis=(1, 2)))[::-1]
+        ax.imshow(tile(filters[order], 8), cmap="gray")
+        ax.set(title=f"conv1, x{scale}", xticks=[], yticks=[])
+    save(figure, path)
+
+
+def draw_features(path: Path) -> None:
+    """What the first two layers make of a photograph, at x3."""
+    rgb = np.asarray(pictures.chelsea(), np.float32).transpose(2, 0, 1)[:, :300, 60:390]
+    pair = bicubic_pair(rounded_luma(rgb, 1.0), 1.0, 3)
+    model = load_srcnn(ROOT / "weights" / "srcnn_x3.pth")
+    x, grids = torch.tensor(pair.ilr)[None, None] / 255, []
+    with torch.no_grad():
+        for layer in model.layers[:2]:
+            x = torch.relu(layer(x))
+            order = x[0].flatten(1).var(1).argsort(descending=True)[:16]
+            grids.append(tile(x[0, order].sqrt().numpy(), 4))
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5))
+    titles = "input: bicubic, x3", "conv1, 16 of 64", "conv2, 16 of 32"
+    for ax, picture, title in zip(axes, (pair.ilr, *grids), titles):
+        ax.imshow(picture, cmap="gray")
+        ax.set(title=title, xticks=[], yticks=[])
+    save(figure, path)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(__doc__)
+    add, here = parser.add_argument, Path(__file__).parent
+    add("--steps", type=number(int, 2), default=20_000, help="of paper.py (default: 20000)")
+    add("--seed", type=number(int, 0, 1 << 32), default=1, help="whose curves (default: 1)")
+    add("--work-dir", default=str(here / "work"), help="of paper.py (default: %(default)s)")
+    add("--results", default=str(here / "results.csv"), help="of paper.py (default: %(default)s)")
+    add("--output-dir", default=str(here), type=Path, help="(default: %(default)s)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if matplotlib is None:
+        cure = "pip install -r experiments/requirements.txt"
+        raise InputError(f"matplotlib, scikit-image: are needed; {cure}")
+    matplotlib.use("agg")
+    draw_filters(args.output_dir / "filters.png")
+    draw_features(args.output_dir / "features.png")
+    draw_curves(args, "convergence", args.output_dir / "convergence.png")
+    draw_curves(args, "depth", args.output_dir / "depth.png")
+    draw_sizes(args, args.output_dir / "sizes.png")
+
+
+if __name__ == "__main__":
+    run(lambda: main(get_args_parser().parse_args()))
