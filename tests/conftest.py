@@ -74,9 +74,10 @@ def spawn(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
     )
 
 
-# Runs a script as if the disk were full after 2,000 bytes of a file.
+# Runs a script as if the disk were full after 2,000 bytes of a file (torch 2.6 writes one itself
+# when it is imported).
 FULL_DISK = (
-    "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]; "
+    "import resource, signal, sys, runpy, torch.distributed.nn; sys.argv = sys.argv[1:]; "
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
