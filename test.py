@@ -33,7 +33,7 @@ from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device,
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
 from utils import InputError, atomic_path, check_outputs, naming, write_csv, write_whole
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
-from utils import crop_to_multiple, degrade, levels_of, read_levels, read_pair, rgb_to_ycbcr
+from utils import crop_to_multiple, levels_of, read_levels, read_pair, rgb_to_ycbcr
 from utils import psnr, rounded_luma, shave, ssim, to_8bit, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
@@ -341,7 +341,7 @@ def save_comparison(
     # Colour comes from bicubic; that of a pair is not known, and grey is shown.
     if args.lr_dir is None and pair.hr.ndim == 2 and np.ptp(rgb, axis=0).any():
         chroma = rgb_to_ycbcr(rgb)[1:]
-        chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
+        chroma = [chroma] + 2 * [bicubic_pair(chroma, 0, args.scale).ilr]
         pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]
         pictures = [to_8bit(ycbcr_to_rgb(picture)) for picture in pictures]
     pictures = [np.atleast_3d(p.T).swapaxes(0, 1).astype(np.uint8) for p in pictures]

@@ -12,9 +12,10 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -101,12 +102,6 @@ def crop_to_multiple(planes: np.ndarray, scale: int) -> np.ndarray:
     """Cut bottom and right so that both sides divide by `scale` (protocol step 2)."""
     height, width = planes.shape[-2:]
     return planes[..., : height - height % scale, : width - width % scale]
-
-
-def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
-    """ILR of a cropped picture: bicubic down and up, not rounded (protocol step 3)."""
-    height, width = hr.shape[-2:]
-    return resize(resize(hr, (height // scale, width // scale)), (height, width))
 
 
 def shave(planes: np.ndarray, scale: int) -> np.ndarray:
@@ -499,20 +494,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path))  # a link stays one
-    missing = [folder for folder in target.parents if not folder.exists()]
-    partial = None
     try:
-        LEFTOVERS.extend(missing)
+        LEFTOVERS.extend(folder for folder in target.parents if not folder.exists())
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name keeps its extension: Pillow reads the format off it.
-        handle, name = tempfile.mkstemp(target.suffix, ".part-", target.parent)
-        os.close(handle)
-        partial = Path(name)
+        partial = target.with_name(f".part-{uuid.uuid4().hex}{target.suffix}")
         LEFTOVERS.insert(0, partial)
+        partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
+        if target.exists():
+            shutil.copymode(target, partial)
         partial.replace(target)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -530,13 +523,6 @@ def clear_up() -> None:
     for path in LEFTOVERS:
         with suppress(OSError):  # not there, or a folder with a finished file in it
             path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _umask() -> int:
-    """What new files of this process may not have of 0o666."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
