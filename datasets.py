@@ -56,11 +56,12 @@ def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[tu
 
 def read_eval_pairs(
     path: str | Path, scale: int | None = None
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict]:
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict, float]:
     """Check and read an evaluation file.
 
     Returns:
-        All (ilr, hr) pictures, float32 in 0..255, and the file's attributes, as text.
+        All (ilr, hr) pictures, float32 in 0..255, the file's attributes, as text, and what
+        the pictures' source rounds to, see utils.to_8bit.
 
     Raises:
         InputError: no such file, or not what can be evaluated.
@@ -77,7 +78,7 @@ def read_eval_pairs(
                 reason = f"picture {name!r} differs in shape between 'lr' and 'hr'"
                 raise InputError(f"{path}: {reason}; {CURE}")
             pairs.append((ilr, hr))
-    return pairs, attributes
+    return pairs, attributes, float(attributes.get("rounding", 1.0))  # the forks' have 8 bits
 
 
 def check_layout(
@@ -151,13 +152,6 @@ class H5Patches(Dataset):
         return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
-
-
 class Batches:
     """Shuffled, augmented batches on the training device.
 
@@ -192,9 +186,13 @@ class Batches:
         self.batch_size = min(batch_size, len(patches) // world_size * world_size)
         self.own = slice(rank, None, world_size)  # of every batch
         self.num_workers = min(num_workers, os.cpu_count() or 1)
-        size = 2 * 4 * len(patches) * math.prod(patches.patch_shape)
-        part = CUDA_MEMORY if device.type == "cuda" else CPU_MEMORY / world_size
-        self.stream = size > part * free_memory(device) if stream is None else stream
+        if stream is None:
+            if device.type == "cuda":
+                room = CUDA_MEMORY * torch.cuda.mem_get_info(device)[0]
+            else:
+                room = CPU_MEMORY * available_memory() / world_size
+            stream = 2 * 4 * len(patches) * math.prod(patches.patch_shape) > room
+        self.stream = stream
         self.table = symmetries(patches.patch_shape[-1]).to(device)
         self.resident = None if self.stream else self._load()
 

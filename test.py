@@ -260,8 +260,7 @@ def read_pairs(
     if path.is_file() and h5py.is_hdf5(path):
         if args.save_images:
             raise InputError(f"{path}: --save-images is for pictures; drop it")
-        pairs, attributes = read_eval_pairs(path, args.scale)
-        step = float(attributes.get("rounding", 1.0))  # the forks' files have 8 bits
+        pairs, _, step = read_eval_pairs(path, args.scale)
         return [(f"{path.name}/{i}", Pair(*pair, None, step)) for i, pair in enumerate(pairs)]
     check_channels(channels, args)
     if partners:
