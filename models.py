@@ -346,7 +346,7 @@ def enlarge(
 
     Args:
         image: of any of Pillow's modes, or already decoded.
-        model: for luma or for RGB, as `load_srcnn` gives it.
+        model: for luma (1 channel) or for RGB (3), as `load_srcnn` gives it.
         back_projection: steps, see `back_project`; 0 is the network alone.
         value_range: as of `decode`.
         tile: as of `restore`.
@@ -363,9 +363,7 @@ def enlarge(
         raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
     lr = planes.levels()
     if model.num_channels not in (1, len(lr)):
-        kind = "grey" if len(lr) == 1 else "RGB"
-        wanted = "RGB" if model.num_channels == 3 else f"{model.num_channels} channels"
-        raise InputError(f"is {kind}, but these weights are for {wanted}; take others")
+        raise InputError("is grey, but these weights are for RGB; take others")
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])

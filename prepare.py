@@ -178,12 +178,8 @@ def write_h5(
     append: Callable[[h5py.File, np.ndarray, np.ndarray], int],
     attributes: dict,
 ) -> int:
-    """Write (name, Pair), one after the other: memory stays flat.
-
-    Pictures of which `append` takes nothing are named and skipped.
-
-    Returns:
-        How many patches or pictures were written.
+    """Write (name, Pair), one after the other: memory stays flat; returns how many patches or
+    pictures there are. Pictures of which `append` takes nothing are named and skipped.
 
     Raises:
         InputError: none, or the file cannot be written.
@@ -284,7 +280,7 @@ def download(
                 shutil.copyfileobj(body, file)
                 extract(file, url, folder, wanted)
         except (InputError, OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+            reason = str(getattr(error, "reason", error)).removeprefix(f"{url}: ")
             print(f"{url}: {reason}; trying the next source", file=sys.stderr)
         wanted = missing_files(folder, wanted)
     if wanted:

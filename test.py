@@ -88,11 +88,8 @@ def check_channels(channels: int, args: argparse.Namespace) -> None:
 
 
 def for_each(paths: list[Path], function: Callable[[Path], object]) -> tuple[list, int]:
-    """function(path) of all; a bad file among several is reported and the others done.
-
-    Returns:
-        The results, and the exit status: 2 where a file was bad.
-    """
+    """function(path) of all, and the exit status: 2 where a file was bad. Among several that one
+    is reported and the others done."""
     results, status = [], 0
     for path in tqdm(paths, "files", leave=False, disable=None if len(paths) > 1 else True):
         try:
@@ -121,14 +118,11 @@ def enlarge_files(args: argparse.Namespace) -> int:
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
-        target = targets[path]
-        if image.mode in ("I", "F"):
-            target = deep_path(target, args)
+        planes = decode(image, args.range)
+        target = targets[path] if image.mode not in ("I", "F") else deep_path(targets[path], args)
         size = [round((args.outscale or args.scale) * side) for side in image.size]
-        mode = decode(image, args.range).mode
-        options = save_options(target, mode, size) | carried_over(image, mode)
-        how = args.back_projection, args.range, args.tile
-        enlarged = enlarge(image, model, args.scale, *how)
+        options = save_options(target, planes.mode, size) | carried_over(image, planes.mode)
+        enlarged = enlarge(planes, model, args.scale, args.back_projection, tile=args.tile)
         if args.outscale:
             enlarged = reduce_image(enlarged, size, args.range)
         save_image(enlarged, target, options)
@@ -181,11 +175,8 @@ def carried_over(image: Image.Image, mode: str) -> dict:
 
 
 def save_options(path: Path, mode: str, size: list[int]) -> dict:
-    """Pillow's options for writing such a picture to `path`, before work on it begins.
-
-    Raises:
-        InputError: an extension that Pillow cannot write, or a format that cannot hold it.
-    """
+    """Pillow's options for writing such a picture to `path`, which refuse what cannot be
+    written before work on it begins."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise InputError(f"{path}: cannot write {path.suffix!r} files; use .png")
@@ -227,7 +218,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     def evaluate_path(path: Path) -> list[dict]:
         """The rows of a picture, or of all pictures of an evaluation file."""
         rows = []
-        for name, pair in read_pairs(path, paths, partners, args, model):
+        for name, pair in known_pairs(path, paths, partners, args, model):
             with naming(name):
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
@@ -248,7 +239,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     return status
 
 
-def read_pairs(
+def known_pairs(
     path: Path,
     paths: list[Path],
     partners: list[Path],
@@ -282,9 +273,9 @@ def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict
 
 def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """Another program's picture, as the protocol takes it, of the size of `hr`."""
-    with naming(result):
+    with naming(result), Image.open(path) as truth:  # whose mode counts, no more
         image = open_image(result)
-        if len(decode(open_image(path)).colour) < len(decode(image).colour):
+        if Image.getmodebase(truth.mode) == "L" != Image.getmodebase(image.mode):
             image = image.convert("L")  # a grey picture, saved as RGB
         levels, _ = levels_of(image, 1, args.range)
     levels = levels if levels.shape == hr.shape else crop_to_multiple(levels, args.scale)

@@ -277,7 +277,10 @@ def open_image(path: str | Path) -> Image.Image:
                 deep = image.mode != "I;16" and ";16" in str(image.tile)
                 orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
                 image.load()  # turns a TIFF upright
-                drop_texts(image)
+                # Texts of a PNG stand beside the properties: one named "dpi" is no resolution.
+                image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
+                if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
+                    del image.info["exif"]
                 orientation = orientation or image.getexif().get(0x0112)
                 frames = getattr(image, "n_frames", 1)
                 upright = ImageOps.exif_transpose(image)
@@ -293,13 +296,6 @@ def open_image(path: str | Path) -> Image.Image:
     if frames > 1:
         print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
     return upright
-
-
-def drop_texts(image: Image.Image) -> None:
-    """Texts of a PNG stand beside the properties in `info`: one named "dpi" is no resolution."""
-    image.info = {k: value for k, value in image.info.items() if not isinstance(value, str)}
-    if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
-        del image.info["exif"]
 
 
 @dataclass
@@ -336,7 +332,7 @@ class Planes:
             step = 0.0 if self.mode == "F" else 255 / (high - low)
             values = to_8bit(plane, step) * ((high - low) / 255) + low
             dtype = self.colour.dtype
-            if self.mode != "F":
+            if step:
                 values = np.clip(np.rint(values), np.iinfo(dtype).min, np.iinfo(dtype).max)
             planes.append(values.astype(dtype))
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
@@ -374,7 +370,7 @@ def levels_of(
     A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
 
     Raises:
-        InputError: a picture of no known range, or of other channels.
+        InputError: a picture of no known range.
     """
     planes = decode(image, value_range)
     if planes.mode in ("I", "F") and value_range is None:
@@ -384,11 +380,7 @@ def levels_of(
     levels = to_8bit(planes.levels(), step)  # what lies beyond the range is black or white
     if num_channels == 3:
         return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
-    if num_channels != 1:
-        raise InputError(f"a picture has 1 or 3 channels, not {num_channels}; take other weights")
-    if len(levels) == 1:
-        return levels[0], step
-    return rounded_luma(levels, step), step
+    return (levels[0] if len(levels) == 1 else rounded_luma(levels, step)), step
 
 
 def rounded_luma(rgb: np.ndarray, step: float) -> np.ndarray:
