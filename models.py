@@ -338,17 +338,15 @@ def enlarge(
     model: nn.Module,
     scale: int,
     back_projection: int = 1,
-    value_range: Sequence[float] | None = None,
     tile: int | None = None,
     band: int = BAND,
 ) -> Image.Image:
     """A picture `scale` times as wide and high: grey stays grey, 16 bits stay 16 bits.
 
     Args:
-        image: of any of Pillow's modes, or already decoded.
+        image: of any of Pillow's modes, or what `decode` makes of it.
         model: for luma (1 channel) or for RGB (3), as `load_srcnn` gives it.
         back_projection: steps, see `back_project`; 0 is the network alone.
-        value_range: as of `decode`.
         tile: as of `restore`.
         band: output pixels in memory at once; the same picture comes out whatever it is.
 
@@ -356,7 +354,7 @@ def enlarge(
         InputError: a picture and a network that do not go together, or a result that does
             not fit into the memory.
     """
-    planes = image if isinstance(image, Planes) else decode(image, value_range)
+    planes = image if isinstance(image, Planes) else decode(image)
     height, width = planes.colour.shape[1:]
     if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
         size = f"{scale * width} x {scale * height}"

@@ -110,8 +110,9 @@ def enlarge_files(args: argparse.Namespace) -> int:
     """Enlarge every input; returns the exit status."""
     paths = find_images(args.image_file)
     several = len(paths) > 1 or Path(args.image_file[0]).is_dir()
-    targets = dict(zip(paths, (output_path(path, args, several) for path in paths)))
-    outputs = [(p, t) for p, target in targets.items() for t in {target, deep_path(target, args)}]
+    ends = ".png", ".tif"  # the second for 32 bits, which PNG cannot hold
+    targets = {path: [output_path(path, args, several, end) for end in ends] for path in paths}
+    outputs = [(path, target) for path in paths for target in set(targets[path])]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
     check_channels(model.num_channels, args)
@@ -119,7 +120,7 @@ def enlarge_files(args: argparse.Namespace) -> int:
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
         planes = decode(image, args.range)
-        target = targets[path] if image.mode not in ("I", "F") else deep_path(targets[path], args)
+        target = targets[path][image.mode in ("I", "F")]
         size = [round((args.outscale or args.scale) * side) for side in image.size]
         options = save_options(target, planes.mode, size) | carried_over(image, planes.mode)
         enlarged = enlarge(planes, model, args.scale, args.back_projection, tile=args.tile)
@@ -144,9 +145,9 @@ def reduce_image(
     return Image.fromarray(rounded.astype(values.dtype))
 
 
-def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
+def output_path(path: Path, args: argparse.Namespace, several: bool, end: str) -> Path:
     """Where the result goes: beside the input, into a folder, or to the file named."""
-    name = f"{path.stem}_srcnn_x{args.outscale or args.scale:g}.png"
+    name = f"{path.stem}_srcnn_x{args.outscale or args.scale:g}{end}"
     if args.output is None:
         return path.with_name(name)
     output = Path(args.output)
@@ -154,11 +155,6 @@ def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
     if several and not is_folder:
         raise InputError(f"--output {output}: is one file for several pictures; name a folder")
     return output / name if is_folder else output
-
-
-def deep_path(target: Path, args: argparse.Namespace) -> Path:
-    """Where a result of 32 bits goes, which PNG cannot hold, unless a file was named."""
-    return target if target == Path(args.output or "") else target.with_suffix(".tif")
 
 
 def carried_over(image: Image.Image, mode: str) -> dict:
@@ -214,11 +210,12 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     weights = [] if results else [weights_path(args)]
     check_outputs(outputs, [*paths, *partners, *results, *weights])
     model = None if results else load_model(args)
+    channels = model.num_channels if model else 1
 
     def evaluate_path(path: Path) -> list[dict]:
         """The rows of a picture, or of all pictures of an evaluation file."""
         rows = []
-        for name, pair in known_pairs(path, paths, partners, args, model):
+        for name, pair in known_pairs(path, paths, partners, args, channels):
             with naming(name):
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
@@ -240,14 +237,9 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
 
 
 def known_pairs(
-    path: Path,
-    paths: list[Path],
-    partners: list[Path],
-    args: argparse.Namespace,
-    model: nn.Module | None,
+    path: Path, paths: list[Path], partners: list[Path], args: argparse.Namespace, channels: int
 ) -> list[tuple[str, Pair]]:
     """(name, Pair) of a picture, with its partner of --lr-dir, or of an evaluation file."""
-    channels = model.num_channels if model else 1
     if path.is_file() and h5py.is_hdf5(path):
         if args.save_images:
             raise InputError(f"{path}: --save-images is for pictures; drop it")
@@ -257,8 +249,8 @@ def known_pairs(
     if partners:
         partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
         return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
-    hr, step = read_levels(path, channels, args.range)
-    return [(path.name, bicubic_pair(hr, step, args.scale))]
+    levels = read_levels(path, channels, args.range)
+    return [(path.name, bicubic_pair(*levels, args.scale))]
 
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:

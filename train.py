@@ -470,7 +470,7 @@ def load_checkpoint(path: Path, defaults: dict) -> dict:
             raise ValueError("another optimizer")
         check_types(checkpoint["counters"], asdict(Counters()) | {"history": [{}]})
         # Fails where a length is no number.
-        planned(argparse.Namespace(**saved), Counters(**checkpoint["counters"]), 1)
+        planned(argparse.Namespace(**defaults | saved), Counters(**checkpoint["counters"]), 1)
         check_types(checkpoint["data"], {"train": {}, "eval": {}})
     return checkpoint
 
@@ -518,11 +518,7 @@ def load_run(
 
 
 def open_board(folder: Path) -> object:
-    """TensorBoard's writer.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """TensorBoard's writer; an InputError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

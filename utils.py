@@ -226,9 +226,8 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
             and (results or not re.search(r"_srcnn_x[\d.]+$", p.stem))
         ]
         if not found:
-            raise InputError(
-                f"{path}: no image in it (results of test.py do not count); name pictures"
-            )
+            reason = "no image in it (results of test.py do not count)"
+            raise InputError(f"{path}: {reason}; name pictures")
         paths += found
     return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
 
@@ -532,11 +531,8 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
 def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
-    """Refuse outputs that would overwrite an input or one another, also through links.
-
-    Args:
-        outputs: (the flag or file that asks for it, where it goes).
-    """
+    """Refuse outputs, each (the flag or file that asks for it, where it goes), that would
+    overwrite an input or one another, also through links."""
     places = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
     for name, output in outputs:
         place = os.path.normcase(os.path.realpath(output))
