@@ -224,29 +224,21 @@ def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
     return {name: digest for name, digest in manifest.items() if digests.get(name) != digest}
 
 
-def extract(archive: io.IOBase, name: str, folder: Path, wanted: dict[str, str]) -> None:
-    """Write the wanted files of an open zip archive to where the manifest puts them.
+def extract(archive: io.IOBase | str, folder: Path, wanted: dict[str, str]) -> None:
+    """Write the wanted files of a zip archive to where the manifest puts them.
 
     They are found by content: the archive's own names, which might lead out of
-    `folder`, are never used.
-
-    Raises:
-        InputError: no zip archive, or a corrupt one; `name` is what it is called.
+    `folder`, are never used. What is no zip archive, or a corrupt one, raises many kinds.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for entry in opened.infolist():
-                if entry.file_size > LARGEST:
-                    continue
-                content = opened.read(entry)
-                digest = hashlib.sha256(content).hexdigest()
-                # Two pictures of T91 are the same: a content may have several names.
-                for target in (n for n, wish in wanted.items() if wish == digest):
-                    write_whole(folder / target, content)
-    except InputError:
-        raise
-    except Exception as error:  # zipfile raises many kinds for a damaged archive
-        raise InputError(f"{name}: no zip archive, or a corrupt one; fetch it again") from error
+    with zipfile.ZipFile(archive) as opened:
+        for entry in opened.infolist():
+            if entry.file_size > LARGEST:
+                continue
+            content = opened.read(entry)
+            digest = hashlib.sha256(content).hexdigest()
+            # Two pictures of T91 are the same: a content may have several names.
+            for target in (name for name, wish in wanted.items() if wish == digest):
+                write_whole(folder / target, content)
 
 
 def download(
@@ -264,8 +256,8 @@ def download(
     """
     wanted = missing_files(folder, read_manifest(manifest))
     if archive:
-        with reading(archive, "file", "pass --archive FILE.zip"), open(archive, "rb") as file:
-            extract(file, archive, folder, wanted)
+        with reading(archive, "file in zip format", "pass --archive FILE.zip"):
+            extract(archive, folder, wanted)
         wanted = missing_files(folder, wanted)
     for url in [] if archive else sources:
         if not wanted:
@@ -278,10 +270,9 @@ def download(
                 tempfile.TemporaryFile() as file,  # nameless: nothing is left behind
             ):
                 shutil.copyfileobj(body, file)
-                extract(file, url, folder, wanted)
-        except (InputError, OSError, ValueError) as error:
-            reason = str(getattr(error, "reason", error)).removeprefix(f"{url}: ")
-            print(f"{url}: {reason}; trying the next source", file=sys.stderr)
+                extract(file, folder, wanted)
+        except Exception as error:  # no connection, one that broke off, a damaged archive
+            print(f"{url}: {error}; trying the next source", file=sys.stderr)
         wanted = missing_files(folder, wanted)
     if wanted:
         names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)

@@ -80,13 +80,6 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return SelfEnsemble(model) if args.self_ensemble else model
 
 
-def check_channels(channels: int, args: argparse.Namespace) -> None:
-    """Refuse weights that are for no picture; evaluation files may have any channels."""
-    if channels not in (1, 3):
-        reason = f"is for {channels} channels, pictures have 1 or 3; take others"
-        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
-
-
 def for_each(paths: list[Path], function: Callable[[Path], object]) -> tuple[list, int]:
     """function(path) of all, and the exit status: 2 where a file was bad. Among several that one
     is reported and the others done."""
@@ -115,7 +108,9 @@ def enlarge_files(args: argparse.Namespace) -> int:
     outputs = [(path, target) for path in paths for target in set(targets[path])]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
-    check_channels(model.num_channels, args)
+    if model.num_channels not in (1, 3):
+        reason = f"is for {model.num_channels} channels, pictures have 1 or 3; take others"
+        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
@@ -245,7 +240,6 @@ def known_pairs(
             raise InputError(f"{path}: --save-images is for pictures; drop it")
         pairs, _, step = read_eval_pairs(path, args.scale)
         return [(f"{path.name}/{i}", Pair(*pair, None, step)) for i, pair in enumerate(pairs)]
-    check_channels(channels, args)
     if partners:
         partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
         return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
@@ -256,7 +250,7 @@ def known_pairs(
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
     """What the network makes of a pair: by the protocol, and as users get it."""
     if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
-        raise InputError("has other channels than the weights; take others")
+        raise InputError(f"has other channels than {weights_path(args)}; take other weights")
     pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
     if pair.lr is not None:
         pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)

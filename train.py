@@ -97,6 +97,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     against = "no --eval-file: the last weights are kept"
     if rank == 0:
         if checkpoint:
+            where = f"epoch {counters.epoch}, step {counters.step}"
+            print(f"{args.resume}: going on in {where}", flush=True)
             write_results(folder, checkpoint)
         else:
             with moved_aside(folder):
@@ -512,8 +514,6 @@ def load_run(
         counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
         if any(tuple(row) != COLUMNS for row in counters.history):
             raise ValueError("another history")
-    if "RANK" not in os.environ or dist.get_rank() == 0:
-        print(f"{path}: going on in epoch {counters.epoch}, step {counters.step}", flush=True)
     return counters, best
 
 
@@ -532,8 +532,7 @@ def add_to_board(board: object, pairs: list, restored: np.ndarray | None, row: d
     for ilr, hr in pairs:
         side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
         layout = "HW" if hr.ndim == 2 else "CHW"
-        title = "bicubic, SRCNN, original"
-        board.add_image(title, side_by_side, row["epoch"], dataformats=layout)
+        board.add_image("bicubic, SRCNN, original", side_by_side, row["epoch"], dataformats=layout)
     for name in COLUMNS[1:]:
         if row[name] is not None:
             board.add_scalar(name, row[name], row["epoch"])
