@@ -40,7 +40,7 @@ def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[tu
         InputError: no such file, or not what train.py can use.
     """
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Dataset, "training", scale)
+        attributes = check_layout(path, file, h5py.Dataset, scale)
         ilr, hr = file["lr"].shape, file["hr"].shape
     if ilr != hr:
         raise InputError(f"{path}: 'lr' is {ilr} and 'hr' {hr}, must be equal; {CURE}")
@@ -68,7 +68,7 @@ def read_eval_pairs(
     """
     pairs = []
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Group, "evaluation", scale)
+        attributes = check_layout(path, file, h5py.Group, scale)
         if not len(file["lr"]) or set(file["lr"]) != set(file["hr"]):
             counts = f"'lr' holds {len(file['lr'])} pictures and 'hr' {len(file['hr'])}"
             raise InputError(f"{path}: {counts}; {CURE}")
@@ -81,15 +81,13 @@ def read_eval_pairs(
     return pairs, attributes, float(attributes.get("rounding", 1.0))  # the forks' have 8 bits
 
 
-def check_layout(
-    path: str | Path, file: h5py.File, kind: type, use: str, scale: int | None
-) -> dict:
+def check_layout(path: str | Path, file: h5py.File, kind: type, scale: int | None) -> dict:
     """Check that `lr` and `hr` are of this kind and made for this scale; the attributes."""
     for name in ("lr", "hr"):
         if name not in file:
             raise InputError(f"{path}: holds no {name!r}; {CURE}")
         if not isinstance(file[name], kind):
-            flag = "without" if use == "training" else "with"
+            use, flag = ("training", "without") if kind is h5py.Dataset else ("evaluation", "with")
             raise InputError(f"{path}: is no {use} file; {CURE}, {flag} --eval")
     made_for = file.attrs.get("scale", scale)  # the forks' files do not say
     if scale is not None and made_for != scale:

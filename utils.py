@@ -616,7 +616,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def run(main: Callable[[], int | None]) -> None:
     """Exit with main's status, with 2 and one line for bad input, with 128 + N for signal N."""
     on_stop_signals(exit_by_signal)
-    keep_freed_memory()
+    # To give the memory of large arrays back and fetch it again, page by page, takes a tenth of
+    # the time of training and enlarging. Where there is no glibc, nothing happens.
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
     with suppress(AttributeError):  # names that the terminal cannot print are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -624,16 +630,6 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         report(error)
         sys.exit(2)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep the memory of large arrays: to give it back and fetch it again, page
-    by page, takes a tenth of the time of training and enlarging. Elsewhere nothing happens."""
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
