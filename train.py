@@ -318,35 +318,26 @@ def symmetry_tables(model: SRCNN, order: int) -> list[tuple[torch.nn.Parameter, 
     group = symmetries(3)[:: 8 // order]  # each element as a table of a 3 x 3 square's pixels
     # Element m of products[g] is what g makes of element m.
     products = [[(group == k[g]).all(1).nonzero().item() for k in group] for g in group]
-    tables, layers = [], model.layers
-    for layer in layers:
-        weight, bias = [], []
+    # Where each element sends the channels before, between and after the layers; a picture's stay.
+    widths = [layer.in_channels for layer in model.layers] + [model.num_channels]
+    places = [torch.arange(width).repeat(order, 1) for width in widths]
+    for width, moved in zip(widths[1:-1], places[1:-1]):
+        sets = max(0, width - SINGLE) // order
+        first = width - sets * order
+        copies = moved[0, first:].view(sets, order)[:, torch.tensor(products)]
+        moved[:, first:] = copies.transpose(0, 1).flatten(1)
+    tables = []
+    for layer, sources, targets in zip(model.layers, places, places[1:]):
         index = torch.arange(layer.weight.numel()).view(layer.weight.shape)
         turns = symmetries(index.shape[-1])[:: 8 // order]
-        for turn, product in zip(turns, products):
-            sources = turned_channels(layer.in_channels, product if layer is not layers[0] else [])
-            targets = turned_channels(
-                layer.out_channels, product if layer is not layers[-1] else []
-            )
-            table = torch.empty_like(index)
-            table[targets[:, None], sources] = index.flatten(2)[..., turn].view(index.shape)
-            weight.append(table.flatten())
-            bias.append(targets.argsort())
-        for p, copies in (layer.weight, weight), (layer.bias, bias):
-            table = torch.stack(copies).to(p.device)
+        weight = index.repeat(order, 1, 1, 1, 1)
+        for table, turn, source, target in zip(weight, turns, sources, targets):
+            table[target[:, None], source] = index.flatten(2)[..., turn].view(index.shape)
+        for p, table in (layer.weight, weight.flatten(1)), (layer.bias, targets.argsort(1)):
             # Of all copies the first: their mean would shrink the variance.
-            p.copy_(p.flatten()[table.amin(0)].view(p.shape))
-            tables.append((p, table))
+            p.copy_(p.flatten()[table.amin(0).to(p.device)].view(p.shape))
+            tables.append((p, table.to(p.device)))
     return tables
-
-
-def turned_channels(width: int, product: list[int]) -> torch.Tensor:
-    """Where each of a layer's channels goes; those of a picture (no `product`) stay."""
-    channels = torch.arange(width)
-    sets = max(0, width - SINGLE) // len(product) if product else 0
-    first = width - sets * len(product)
-    copies = channels[first:].view(sets, len(product))[:, product] if sets else channels[first:]
-    return torch.cat([channels[:first], copies.flatten()])
 
 
 def average_gradients(tables: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
