@@ -257,8 +257,8 @@ def find_partner(
         if len(matching) == 1:
             return matching[0]
     number = f"{len(found)} pictures fit it" if found else "no picture of its name"
-    where = candidates[0].parent if candidates else "it"
-    raise InputError(f"{path}: {number} in {flag} {where}; name its partner {path.stem}.*")
+    where = f"{flag} {candidates[0].parent}"
+    raise InputError(f"{path}: {number} in {where}; name its partner {path.stem}.*")
 
 
 def open_image(path: str | Path) -> Image.Image:
