@@ -212,7 +212,9 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
+def restore(
+    model: nn.Module, ilr: np.ndarray, tile: int | None = None, skip: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """Run the network over a whole picture in tiles that overlap by its halo.
 
     The picture is the same as in one pass, within 1e-3 grey levels. On the CPU every core
@@ -221,6 +223,7 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
     Args:
         ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
         tile: output pixels a side; None picks what is fast on the network's device.
+        skip: rows at the top and at the bottom that nobody needs: they stay as they are.
 
     Returns:
         The restored picture, float32, same shape, neither rounded nor clipped.
@@ -235,6 +238,7 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
 
     @torch.inference_mode()
     def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
+        top, bottom = top + skip[0], bottom + skip[0]
         patch = padded[:, top : bottom + 2 * halo, left : right + 2 * halo]
         x = torch.from_numpy(np.ascontiguousarray(patch))[None]
         x = x.to(parameter.device, parameter.dtype) / 255
@@ -243,7 +247,7 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
 
     threads = torch.get_num_threads()
     side, workers = (TILE, threads) if parameter.device.type == "cpu" else (ACCELERATOR_TILE, 1)
-    jobs = tiles(*planes.shape[1:], tile or side)
+    jobs = tiles(planes.shape[1] - sum(skip), planes.shape[2], tile or side)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(restore_tile, *zip(*jobs)))
     torch.set_num_threads(threads)  # parts of what the pool set hold for all
@@ -305,19 +309,19 @@ class SelfEnsemble(nn.Module):
 
 
 def enlarge_planes(
-    model: nn.Module, lr: np.ndarray, scale: int, back_projection: int, tile: int | None
+    model: nn.Module, lr: np.ndarray, scale: int, back_projection: int, **how: object
 ) -> np.ndarray:
     """Planes, alpha as the last or none, `scale` times as high and wide; float32, 0..255.
 
     Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
-    three colours go through a network of three channels.
+    three colours go through a network of three channels; `how` it runs is restore's.
     """
     learned = model.num_channels
     convert = learned == 1 and len(lr) >= 3
     if convert:
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
     sr = resize(lr, (scale * lr.shape[1], scale * lr.shape[2]))
-    restored = restore(model, sr[:learned], tile)
+    restored = restore(model, sr[:learned], **how)
     sr[:learned] = back_project(restored, lr[:learned], back_projection)
     return np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if convert else sr
 
@@ -367,12 +371,14 @@ def enlarge(
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
     rows = max(1, band // (scale * scale * width))
     # Rows that a row depends on: the network's view and bicubic's, and four a back-projection.
-    margin = math.ceil(model.halo / scale) + 2 + 4 * back_projection
+    view = math.ceil(model.halo / scale) + 2
+    margin = view + 4 * back_projection
     back_projection *= scale > 1  # where nothing was reduced it would undo the network
     enlarged = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
-        sr = enlarge_planes(model, lr[:, first:last], scale, back_projection, tile)
+        how = {"tile": tile, "skip": (scale * view * (first > 0), scale * view * (last < height))}
+        sr = enlarge_planes(model, lr[:, first:last], scale, back_projection, **how)
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
         enlarged.paste(planes.to_image(sr), (0, scale * top))
     return enlarged
