@@ -40,7 +40,7 @@ def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[tu
         InputError: no such file, or not what train.py can use.
     """
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Dataset, "training", scale)
+        attributes = check_layout(path, file, h5py.Dataset, scale)
         ilr, hr = file["lr"].shape, file["hr"].shape
     if ilr != hr:
         raise InputError(f"{path}: 'lr' is {ilr} and 'hr' {hr}, must be equal; {CURE}")
@@ -56,18 +56,19 @@ def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[tu
 
 def read_eval_pairs(
     path: str | Path, scale: int | None = None
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict]:
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict, float]:
     """Check and read an evaluation file.
 
     Returns:
-        All (ilr, hr) pictures, float32 in 0..255, and the file's attributes, as text.
+        All (ilr, hr) pictures, float32 in 0..255, the file's attributes, as text, and what
+        the pictures' source rounds to, see utils.to_8bit.
 
     Raises:
         InputError: no such file, or not what can be evaluated.
     """
     pairs = []
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Group, "evaluation", scale)
+        attributes = check_layout(path, file, h5py.Group, scale)
         if not len(file["lr"]) or set(file["lr"]) != set(file["hr"]):
             counts = f"'lr' holds {len(file['lr'])} pictures and 'hr' {len(file['hr'])}"
             raise InputError(f"{path}: {counts}; {CURE}")
@@ -77,18 +78,16 @@ def read_eval_pairs(
                 reason = f"picture {name!r} differs in shape between 'lr' and 'hr'"
                 raise InputError(f"{path}: {reason}; {CURE}")
             pairs.append((ilr, hr))
-    return pairs, attributes
+    return pairs, attributes, float(attributes.get("rounding", 1.0))  # the forks' have 8 bits
 
 
-def check_layout(
-    path: str | Path, file: h5py.File, kind: type, use: str, scale: int | None
-) -> dict:
+def check_layout(path: str | Path, file: h5py.File, kind: type, scale: int | None) -> dict:
     """Check that `lr` and `hr` are of this kind and made for this scale; the attributes."""
     for name in ("lr", "hr"):
         if name not in file:
             raise InputError(f"{path}: holds no {name!r}; {CURE}")
         if not isinstance(file[name], kind):
-            flag = "without" if use == "training" else "with"
+            use, flag = ("training", "without") if kind is h5py.Dataset else ("evaluation", "with")
             raise InputError(f"{path}: is no {use} file; {CURE}, {flag} --eval")
     made_for = file.attrs.get("scale", scale)  # the forks' files do not say
     if scale is not None and made_for != scale:
@@ -151,13 +150,6 @@ class H5Patches(Dataset):
         return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
 
 
-def free_memory(device: torch.device) -> int:
-    """Free bytes on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return available_memory()
-
-
 class Batches:
     """Shuffled, augmented batches on the training device.
 
@@ -192,9 +184,13 @@ class Batches:
         self.batch_size = min(batch_size, len(patches) // world_size * world_size)
         self.own = slice(rank, None, world_size)  # of every batch
         self.num_workers = min(num_workers, os.cpu_count() or 1)
-        size = 2 * 4 * len(patches) * math.prod(patches.patch_shape)
-        part = CUDA_MEMORY if device.type == "cuda" else CPU_MEMORY / world_size
-        self.stream = size > part * free_memory(device) if stream is None else stream
+        if stream is None:
+            if device.type == "cuda":
+                room = CUDA_MEMORY * torch.cuda.mem_get_info(device)[0]
+            else:
+                room = CPU_MEMORY * available_memory() / world_size
+            stream = 2 * 4 * len(patches) * math.prod(patches.patch_shape) > room
+        self.stream = stream
         self.table = symmetries(patches.patch_shape[-1]).to(device)
         self.resident = None if self.stream else self._load()
 

@@ -22,8 +22,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, available_memory, decode, fill_transparent, reading, resize
-from utils import rgb_to_ycbcr, ycbcr_to_rgb
+from utils import InputError, Planes, available_memory, decode, fill_transparent, reading
+from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
 
@@ -85,7 +85,8 @@ class SRCNN(nn.Module):
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu_(layer(x))
-        return last(x)
+        fast = x.device.type == "cpu" and not torch.is_grad_enabled()
+        return shifted_sums(last, x) if fast else last(x)
 
     @torch.no_grad()
     def _initialize(self, init: str) -> None:
@@ -230,20 +231,23 @@ def restore(
     Raises:
         InputError: the weights make values that are not finite.
     """
-    halo, device = model.halo, next(model.parameters()).device
+    halo, parameter = model.halo, next(model.parameters())
     planes = ilr if ilr.ndim == 3 else ilr[None]
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
     restored = planes.copy()
 
+    @torch.inference_mode()
     def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
         top, bottom = top + skip[0], bottom + skip[0]
         patch = padded[:, top : bottom + 2 * halo, left : right + 2 * halo]
-        restored[:, top:bottom, left:right] = restore_patch(model, patch)
+        x = torch.from_numpy(np.ascontiguousarray(patch))[None]
+        x = x.to(parameter.device, parameter.dtype) / 255
+        y = model(x.contiguous(memory_format=torch.channels_last), valid=True)[0]
+        restored[:, top:bottom, left:right] = (y.float() * 255).cpu().numpy()
 
-    side = tile or (TILE if device.type == "cpu" else ACCELERATOR_TILE)
-    jobs = tiles(planes.shape[1] - sum(skip), planes.shape[2], side)
     threads = torch.get_num_threads()
-    workers = threads if device.type == "cpu" else 1
+    side, workers = (TILE, threads) if parameter.device.type == "cpu" else (ACCELERATOR_TILE, 1)
+    jobs = tiles(planes.shape[1] - sum(skip), planes.shape[2], tile or side)
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(restore_tile, *zip(*jobs)))
     torch.set_num_threads(threads)  # parts of what the pool set hold for all
@@ -261,26 +265,6 @@ def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]
 
     rows, columns = (list(itertools.pairwise(cuts(length))) for length in (height, width))
     return [(*row, *column) for row in rows for column in columns]
-
-
-@torch.inference_mode()
-def restore_patch(model: nn.Module, patch: np.ndarray) -> np.ndarray:
-    """Grey levels C x H x W, 0..255, to C x (H - 2 halo) x (W - 2 halo)."""
-    parameter = next(model.parameters())
-    x = torch.from_numpy(np.ascontiguousarray(patch))[None]
-    x = x.to(parameter.device, parameter.dtype) / 255
-    x = x.contiguous(memory_format=torch.channels_last)
-    return (fast_forward(model, x)[0].float() * 255).cpu().numpy()
-
-
-def fast_forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """model(x, valid=True), on a CPU with a faster last layer."""
-    if x.device.type != "cpu" or not isinstance(model, SRCNN):
-        return model(x, valid=True)
-    *hidden, last = model.layers
-    for layer in hidden:
-        x = F.relu_(layer(x))
-    return shifted_sums(last, x)
 
 
 def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -313,12 +297,10 @@ class SelfEnsemble(nn.Module):
 
     def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
         """As SRCNN.forward."""
-        if not valid:
-            x = F.pad(x, [self.halo] * 4, mode="replicate")
         total = 0
         for turns, flip in itertools.product(range(4), (False, True)):
             turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
-            back = torch.rot90(fast_forward(self.model, turned), -turns, (2, 3))
+            back = torch.rot90(self.model(turned, valid), -turns, (2, 3))
             total = total + (back.flip(3) if flip else back)
         return total / 8
 
@@ -327,34 +309,21 @@ class SelfEnsemble(nn.Module):
 
 
 def enlarge_planes(
-    model: nn.Module,
-    lr: np.ndarray,
-    scale: int,
-    back_projection: int = 1,
-    tile: int | None = None,
-    skip: tuple[int, int] = (0, 0),
+    model: nn.Module, lr: np.ndarray, scale: int, back_projection: int, **how: object
 ) -> np.ndarray:
-    """Planes `scale` times as high and wide: the paper's way from a small picture to a large.
+    """Planes, alpha as the last or none, `scale` times as high and wide; float32, 0..255.
 
     Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
-    three colours go through a network of three channels.
-
-    Args:
-        lr: 1 x H x W (grey) or 3 x H x W (RGB), with alpha as a further plane or without,
-            float32, 0..255.
-        back_projection: steps, see `back_project`.
-        tile, skip: as of `restore`.
+    three colours go through a network of three channels; `how` it runs is restore's.
     """
     learned = model.num_channels
     convert = learned == 1 and len(lr) >= 3
     if convert:
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
     sr = resize(lr, (scale * lr.shape[1], scale * lr.shape[2]))
-    restored = restore(model, sr[:learned], tile, skip)
+    restored = restore(model, sr[:learned], **how)
     sr[:learned] = back_project(restored, lr[:learned], back_projection)
-    if not convert:
-        return sr
-    return np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if len(sr) > 3 else ycbcr_to_rgb(sr)
+    return np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if convert else sr
 
 
 def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
@@ -369,21 +338,19 @@ def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
 
 
 def enlarge(
-    image: Image.Image,
+    image: Image.Image | Planes,
     model: nn.Module,
     scale: int,
     back_projection: int = 1,
-    value_range: Sequence[float] | None = None,
     tile: int | None = None,
     band: int = BAND,
 ) -> Image.Image:
     """A picture `scale` times as wide and high: grey stays grey, 16 bits stay 16 bits.
 
     Args:
-        image: of any of Pillow's modes.
-        model: for luma or for RGB, as `load_srcnn` gives it.
+        image: of any of Pillow's modes, or what `decode` makes of it.
+        model: for luma (1 channel) or for RGB (3), as `load_srcnn` gives it.
         back_projection: steps, see `back_project`; 0 is the network alone.
-        value_range: the values that stand for black and white, if not those of the type.
         tile: as of `restore`.
         band: output pixels in memory at once; the same picture comes out whatever it is.
 
@@ -391,16 +358,14 @@ def enlarge(
         InputError: a picture and a network that do not go together, or a result that does
             not fit into the memory.
     """
-    width, height = image.size
+    planes = image if isinstance(image, Planes) else decode(image)
+    height, width = planes.colour.shape[1:]
     if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
         size = f"{scale * width} x {scale * height}"
         raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
-    planes = decode(image, value_range)
     lr = planes.levels()
     if model.num_channels not in (1, len(lr)):
-        kind = "grey" if len(lr) == 1 else "RGB"
-        wanted = "RGB" if model.num_channels == 3 else f"{model.num_channels} channels"
-        raise InputError(f"is {kind}, but these weights are for {wanted}; take others")
+        raise InputError("is grey, but these weights are for RGB; take others")
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
@@ -412,8 +377,8 @@ def enlarge(
     enlarged = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
-        skip = scale * view * (first > 0), scale * view * (last < height)
-        sr = enlarge_planes(model, lr[:, first:last], scale, back_projection, tile, skip)
+        how = {"tile": tile, "skip": (scale * view * (first > 0), scale * view * (last < height))}
+        sr = enlarge_planes(model, lr[:, first:last], scale, back_projection, **how)
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
         enlarged.paste(planes.to_image(sr), (0, scale * top))
     return enlarged

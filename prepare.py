@@ -62,15 +62,16 @@ def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
     return Pair(ilr, hr, None, 1.0)
 
 
-def read_pairs(
-    args: argparse.Namespace, names: list, partners: list[Path], factors: Sequence[float]
+def make_pairs(
+    args: argparse.Namespace, names: list, known: list, partners: list[Path], factors: list[float]
 ) -> Iterator[tuple[object, Pair]]:
-    """(name, Pair) of files, with their partners of --lr-dir where there are any, or of drawn
-    pictures (a name is then a seed); each followed by its copies reduced by the factors."""
+    """(name, Pair) of files, of all that are known, with their partners of --lr-dir where there
+    are any, or of drawn pictures (a name is then a seed); each followed by its copies reduced by
+    the factors."""
     for name in names:
         with naming(name):
             if partners:
-                partner = find_partner(name, names, partners, args.scale, "--lr-dir")
+                partner = find_partner(name, known, partners, args.scale, "--lr-dir")
                 yield name, read_pair(name, partner, args.scale, args.num_channels, args.range)
                 continue
             image = dead_leaves(name) if args.synthetic else open_image(name)
@@ -110,23 +111,17 @@ def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Imag
 # --- (ilr, hr) to h5 ------------------------------------------------------------------------
 
 
-def cut_patches(planes: np.ndarray, size: int, stride: int) -> np.ndarray:
-    """All patches at multiples of `stride`: N x size x size or N x C x size x size."""
-    view = np.lib.stride_tricks.sliding_window_view
-    windows = view(planes, (size, size), axis=(-2, -1))[..., ::stride, ::stride, :, :]
-    if planes.ndim == 2:
-        return windows.reshape(-1, size, size)
-    return np.moveaxis(windows, 0, 2).reshape(-1, len(planes), size, size)
-
-
 def append_patches(file: h5py.File, ilr: np.ndarray, hr: np.ndarray, size: int, stride: int) -> int:
-    """Append a picture's patches to the datasets `lr` and `hr`; returns how many."""
+    """Append a picture's patches, at multiples of `stride`, to the datasets `lr` and `hr`, which
+    are N x size x size or N x C x size x size; returns how many."""
     if min(hr.shape[-2:]) < size:
         return 0
+    shape = *hr.shape[:-2], size, size
     for name, planes in ("lr", ilr), ("hr", hr):
-        patches = cut_patches(planes, size, stride)
+        windows = np.lib.stride_tricks.sliding_window_view(planes, (size, size), (-2, -1))
+        windows = windows[..., ::stride, ::stride, :, :]
+        patches = np.moveaxis(windows, (-4, -3), (0, 1)).reshape(-1, *shape)
         if name not in file:
-            shape = patches.shape[1:]
             chunk = max(1, CHUNK // (4 * math.prod(shape)))
             growing = {"maxshape": (None, *shape), "chunks": (chunk, *shape)}
             file.create_dataset(name, (0, *shape), "float32", **growing)
@@ -183,12 +178,8 @@ def write_h5(
     append: Callable[[h5py.File, np.ndarray, np.ndarray], int],
     attributes: dict,
 ) -> int:
-    """Write (name, Pair), one after the other: memory stays flat.
-
-    Pictures of which `append` takes nothing are named and skipped.
-
-    Returns:
-        How many patches or pictures were written.
+    """Write (name, Pair), one after the other: memory stays flat; returns how many patches or
+    pictures there are. Pictures of which `append` takes nothing are named and skipped.
 
     Raises:
         InputError: none, or the file cannot be written.
@@ -228,56 +219,26 @@ def read_manifest(path: Path) -> dict[str, str]:
 
 def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
     """The part of the manifest that `folder` does not hold, or holds damaged."""
-
-    def present(name: str, digest: str) -> bool:
-        path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
-        return hashlib.sha256(content).hexdigest() == digest
-
-    return {name: d for name, d in manifest.items() if not present(name, d)}
+    held = {name: folder / name for name in manifest if (folder / name).is_file()}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in held.items()}
+    return {name: digest for name, digest in manifest.items() if digests.get(name) != digest}
 
 
-def extract(archive: io.IOBase, name: str, folder: Path, wanted: dict[str, str]) -> None:
-    """Write the wanted files of an open zip archive to where the manifest puts them.
+def extract(archive: io.IOBase | str, folder: Path, wanted: dict[str, str]) -> None:
+    """Write the wanted files of a zip archive to where the manifest puts them.
 
     They are found by content: the archive's own names, which might lead out of
-    `folder`, are never used.
-
-    Raises:
-        InputError: no zip archive, or a corrupt one; `name` is what it is called.
+    `folder`, are never used. What is no zip archive, or a corrupt one, raises many kinds.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            for entry in opened.infolist():
-                if entry.file_size > LARGEST:
-                    continue
-                content = opened.read(entry)
-                digest = hashlib.sha256(content).hexdigest()
-                # Two pictures of T91 are the same: a content may have several names.
-                for target in (n for n, wish in wanted.items() if wish == digest):
-                    write_whole(folder / target, content)
-    except InputError:
-        raise
-    except Exception as error:  # zipfile raises many kinds for a damaged archive
-        raise InputError(f"{name}: no zip archive, or a corrupt one; fetch it again") from error
-
-
-def fetch(url: str, file: io.IOBase) -> None:
-    """Download to an open file, with a progress bar.
-
-    Raises:
-        InputError: no connection, an error status, or a connection that broke off.
-    """
-    bar = {"desc": url.rpartition("/")[2], "disable": None}
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            size = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", size or None, **bar) as body:
-                shutil.copyfileobj(body, file)
-    except (OSError, ValueError) as error:  # refused connections are OSErrors, too
-        raise InputError(f"{url}: {getattr(error, 'reason', error)}") from error
-    if size and file.tell() != size:
-        raise InputError(f"{url}: broke off after {file.tell():,} of {size:,} bytes")
+    with zipfile.ZipFile(archive) as opened:
+        for entry in opened.infolist():
+            if entry.file_size > LARGEST:
+                continue
+            content = opened.read(entry)
+            digest = hashlib.sha256(content).hexdigest()
+            # Two pictures of T91 are the same: a content may have several names.
+            for target in (name for name, wish in wanted.items() if wish == digest):
+                write_whole(folder / target, content)
 
 
 def download(
@@ -295,18 +256,23 @@ def download(
     """
     wanted = missing_files(folder, read_manifest(manifest))
     if archive:
-        with reading(archive, "file", "pass --archive FILE.zip"), open(archive, "rb") as file:
-            extract(file, archive, folder, wanted)
+        with reading(archive, "file in zip format", "pass --archive FILE.zip"):
+            extract(archive, folder, wanted)
         wanted = missing_files(folder, wanted)
     for url in [] if archive else sources:
         if not wanted:
             break
+        bar = {"desc": url.rpartition("/")[2], "disable": None}
         try:
-            with tempfile.TemporaryFile() as file:  # nameless: nothing is left behind
-                fetch(url, file)
-                extract(file, url, folder, wanted)
-        except InputError as error:
-            print(f"{error}; trying the next source", file=sys.stderr)
+            with (
+                urllib.request.urlopen(url, timeout=30) as response,
+                tqdm.wrapattr(response, "read", response.length, **bar) as body,
+                tempfile.TemporaryFile() as file,  # nameless: nothing is left behind
+            ):
+                shutil.copyfileobj(body, file)
+                extract(file, folder, wanted)
+        except Exception as error:  # no connection, one that broke off, a damaged archive
+            print(f"{url}: {error}; trying the next source", file=sys.stderr)
         wanted = missing_files(folder, wanted)
     if wanted:
         names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)
@@ -400,7 +366,7 @@ def main(args: argparse.Namespace) -> None:
             attributes |= {"patch_size": args.patch_size, "stride": args.stride}
             what = "patches"
         factors = args.shrink if whole_pictures == args.eval else []  # none of those held out
-        pairs = read_pairs(args, chosen, partners, factors)
+        pairs = make_pairs(args, chosen, names, partners, factors)
         total = len(chosen) * (1 + len(factors))
         bar = tqdm(pairs, "pictures", total, leave=False, disable=None)
         count = write_h5(path, bar, append, attributes)

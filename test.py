@@ -33,7 +33,7 @@ from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device,
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
 from utils import InputError, atomic_path, check_outputs, naming, write_csv, write_whole
 from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
-from utils import crop_to_multiple, degrade, levels_of, read_levels, read_pair, rgb_to_ycbcr
+from utils import crop_to_multiple, levels_of, read_levels, read_pair, rgb_to_ycbcr
 from utils import psnr, rounded_luma, shave, ssim, to_8bit, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
@@ -80,19 +80,9 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return SelfEnsemble(model) if args.self_ensemble else model
 
 
-def check_channels(channels: int, args: argparse.Namespace) -> None:
-    """Refuse weights that are for no picture; evaluation files may have any channels."""
-    if channels not in (1, 3):
-        reason = f"is for {channels} channels, pictures have 1 or 3; take others"
-        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
-
-
 def for_each(paths: list[Path], function: Callable[[Path], object]) -> tuple[list, int]:
-    """function(path) of all; a bad file among several is reported and the others done.
-
-    Returns:
-        The results, and the exit status: 2 where a file was bad.
-    """
+    """function(path) of all, and the exit status: 2 where a file was bad. Among several that one
+    is reported and the others done."""
     results, status = [], 0
     for path in tqdm(paths, "files", leave=False, disable=None if len(paths) > 1 else True):
         try:
@@ -113,22 +103,22 @@ def enlarge_files(args: argparse.Namespace) -> int:
     """Enlarge every input; returns the exit status."""
     paths = find_images(args.image_file)
     several = len(paths) > 1 or Path(args.image_file[0]).is_dir()
-    targets = dict(zip(paths, (output_path(path, args, several) for path in paths)))
-    outputs = [(p, t) for p, target in targets.items() for t in {target, deep_path(target, args)}]
+    ends = ".png", ".tif"  # the second for 32 bits, which PNG cannot hold
+    targets = {path: [output_path(path, args, several, end) for end in ends] for path in paths}
+    outputs = [(path, target) for path in paths for target in set(targets[path])]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
-    check_channels(model.num_channels, args)
+    if model.num_channels not in (1, 3):
+        reason = f"is for {model.num_channels} channels, pictures have 1 or 3; take others"
+        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
-        target = targets[path]
-        if image.mode in ("I", "F"):
-            target = deep_path(target, args)
+        planes = decode(image, args.range)
+        target = targets[path][image.mode in ("I", "F")]
         size = [round((args.outscale or args.scale) * side) for side in image.size]
-        mode = decode(image, args.range).mode
-        options = save_options(target, mode, size) | carried_over(image, mode)
-        how = args.back_projection, args.range, args.tile
-        enlarged = enlarge(image, model, args.scale, *how)
+        options = save_options(target, planes.mode, size) | carried_over(image, planes.mode)
+        enlarged = enlarge(planes, model, args.scale, args.back_projection, tile=args.tile)
         if args.outscale:
             enlarged = reduce_image(enlarged, size, args.range)
         save_image(enlarged, target, options)
@@ -150,9 +140,9 @@ def reduce_image(
     return Image.fromarray(rounded.astype(values.dtype))
 
 
-def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
+def output_path(path: Path, args: argparse.Namespace, several: bool, end: str) -> Path:
     """Where the result goes: beside the input, into a folder, or to the file named."""
-    name = f"{path.stem}_srcnn_x{args.outscale or args.scale:g}.png"
+    name = f"{path.stem}_srcnn_x{args.outscale or args.scale:g}{end}"
     if args.output is None:
         return path.with_name(name)
     output = Path(args.output)
@@ -160,11 +150,6 @@ def output_path(path: Path, args: argparse.Namespace, several: bool) -> Path:
     if several and not is_folder:
         raise InputError(f"--output {output}: is one file for several pictures; name a folder")
     return output / name if is_folder else output
-
-
-def deep_path(target: Path, args: argparse.Namespace) -> Path:
-    """Where a result of 32 bits goes, which PNG cannot hold, unless a file was named."""
-    return target if target == Path(args.output or "") else target.with_suffix(".tif")
 
 
 def carried_over(image: Image.Image, mode: str) -> dict:
@@ -181,11 +166,8 @@ def carried_over(image: Image.Image, mode: str) -> dict:
 
 
 def save_options(path: Path, mode: str, size: list[int]) -> dict:
-    """Pillow's options for writing such a picture to `path`, before work on it begins.
-
-    Raises:
-        InputError: an extension that Pillow cannot write, or a format that cannot hold it.
-    """
+    """Pillow's options for writing such a picture to `path`, which refuse what cannot be
+    written before work on it begins."""
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise InputError(f"{path}: cannot write {path.suffix!r} files; use .png")
@@ -223,11 +205,12 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     weights = [] if results else [weights_path(args)]
     check_outputs(outputs, [*paths, *partners, *results, *weights])
     model = None if results else load_model(args)
+    channels = model.num_channels if model else 1
 
     def evaluate_path(path: Path) -> list[dict]:
         """The rows of a picture, or of all pictures of an evaluation file."""
         rows = []
-        for name, pair in read_pairs(path, paths, partners, args, model):
+        for name, pair in known_pairs(path, paths, partners, args, channels):
             with naming(name):
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
@@ -248,33 +231,26 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     return status
 
 
-def read_pairs(
-    path: Path,
-    paths: list[Path],
-    partners: list[Path],
-    args: argparse.Namespace,
-    model: nn.Module | None,
+def known_pairs(
+    path: Path, paths: list[Path], partners: list[Path], args: argparse.Namespace, channels: int
 ) -> list[tuple[str, Pair]]:
     """(name, Pair) of a picture, with its partner of --lr-dir, or of an evaluation file."""
-    channels = model.num_channels if model else 1
     if path.is_file() and h5py.is_hdf5(path):
         if args.save_images:
             raise InputError(f"{path}: --save-images is for pictures; drop it")
-        pairs, attributes = read_eval_pairs(path, args.scale)
-        step = float(attributes.get("rounding", 1.0))  # the forks' files have 8 bits
+        pairs, _, step = read_eval_pairs(path, args.scale)
         return [(f"{path.name}/{i}", Pair(*pair, None, step)) for i, pair in enumerate(pairs)]
-    check_channels(channels, args)
     if partners:
         partner = find_partner(path, paths, partners, args.scale, "--lr-dir")
         return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
-    hr, step = read_levels(path, channels, args.range)
-    return [(path.name, bicubic_pair(hr, step, args.scale))]
+    levels = read_levels(path, channels, args.range)
+    return [(path.name, bicubic_pair(*levels, args.scale))]
 
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
     """What the network makes of a pair: by the protocol, and as users get it."""
     if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
-        raise InputError("has other channels than the weights; take others")
+        raise InputError(f"has other channels than {weights_path(args)}; take other weights")
     pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
     if pair.lr is not None:
         pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)
@@ -283,9 +259,9 @@ def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict
 
 def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespace) -> np.ndarray:
     """Another program's picture, as the protocol takes it, of the size of `hr`."""
-    with naming(result):
+    with naming(result), Image.open(path) as truth:  # whose mode counts, no more
         image = open_image(result)
-        if len(decode(open_image(path)).colour) < len(decode(image).colour):
+        if Image.getmodebase(truth.mode) == "L" != Image.getmodebase(image.mode):
             image = image.convert("L")  # a grey picture, saved as RGB
         levels, _ = levels_of(image, 1, args.range)
     levels = levels if levels.shape == hr.shape else crop_to_multiple(levels, args.scale)
@@ -341,7 +317,7 @@ def save_comparison(
     # Colour comes from bicubic; that of a pair is not known, and grey is shown.
     if args.lr_dir is None and pair.hr.ndim == 2 and np.ptp(rgb, axis=0).any():
         chroma = rgb_to_ycbcr(rgb)[1:]
-        chroma = [chroma] + 2 * [degrade(chroma, args.scale)]
+        chroma = [chroma] + 2 * [bicubic_pair(chroma, 0, args.scale).ilr]
         pictures = [np.concatenate([y[None], c]) for y, c in zip(pictures, chroma)]
         pictures = [to_8bit(ycbcr_to_rgb(picture)) for picture in pictures]
     pictures = [np.atleast_3d(p.T).swapaxes(0, 1).astype(np.uint8) for p in pictures]

@@ -19,13 +19,12 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from statistics import fmean
-from types import NoneType
 
 import numpy as np
 import torch
@@ -68,14 +67,13 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     """
     distributed = "RANK" in os.environ
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    batches, pairs, data = load_data(args, device, rank, world_size)
+    batches, pairs, rounding, data = load_data(args, device, rank, world_size)
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
     tables = symmetry_tables(model, args.symmetry)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     optimizers = make_optimizers(model, args.optimizer, args.lr)
-    rounding = float(data["eval"].get("rounding", 1.0))  # the forks' files have 8 bits
     counters, best = Counters(), weights_of(model)
     folder = run_folder(args)
     if checkpoint:
@@ -99,6 +97,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     against = "no --eval-file: the last weights are kept"
     if rank == 0:
         if checkpoint:
+            where = f"epoch {counters.epoch}, step {counters.step}"
+            print(f"{args.resume}: going on in {where}", flush=True)
             write_results(folder, checkpoint)
         else:
             with moved_aside(folder):
@@ -111,43 +111,42 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     board = open_board(folder) if args.tensorboard and rank == 0 else None
     received = remember_signals()
     while counters.step or planned(args, counters, len(batches)) < 1:
-        errors, title = [], f"epoch {counters.epoch}"
-        epoch = until_error(batches.epoch(counters.epoch, counters.step), errors)
+        epoch, title = batches.epoch(counters.epoch, counters.step), f"epoch {counters.epoch}"
         bar = tqdm(epoch, title, len(batches), False, initial=counters.step, disable=rank or None)
         started = time.perf_counter() - counters.seconds
         loss_sum = torch.tensor(counters.loss_sum, device=device)
-        for ilr, hr in bar:
-            progress = planned(args, counters, len(batches))
-            set_learning_rate(optimizers, args, counters.steps, progress)
-            with torch.autocast(device.type, torch.bfloat16, enabled=progress < args.bf16):
-                restored = network(ilr, valid=True)
-            loss = F.mse_loss(restored.float(), hr)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            # The paper's loss, to which its rates for SGD belong, sums over the pixels.
-            (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
-            average_gradients(tables)
-            for optimizer in optimizers:
-                optimizer.step()
-            if args.ema:
-                update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
-            loss_sum += loss.detach()
-            counters.step, counters.steps = counters.step + 1, counters.steps + 1
-            if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
-                counters.loss_sum = loss_sum.item()
-                check_finite(counters, optimizers)
-                bar.set_postfix(loss=f"{counters.loss_sum / counters.step:.6f}")
-            if counters.steps % CHECK_EVERY == 0 or not distributed:
-                counters.seconds = time.perf_counter() - started
-                if distributed:
-                    agree(counters, received, loss_sum)
-                if received or planned(args, counters, len(batches)) >= 1:
-                    break
-        counters.seconds = time.perf_counter() - started
-        if errors:  # a lost worker or a damaged patch: what rank 0 has learned is kept
+        try:
+            for ilr, hr in bar:
+                progress = planned(args, counters, len(batches))
+                set_learning_rate(optimizers, args, counters.steps, progress)
+                with torch.autocast(device.type, torch.bfloat16, enabled=progress < args.bf16):
+                    restored = network(ilr, valid=True)
+                loss = F.mse_loss(restored.float(), hr)
+                model.zero_grad()
+                # The paper's loss, to which its rates for SGD belong, sums over the pixels.
+                (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
+                average_gradients(tables)
+                for optimizer in optimizers:
+                    optimizer.step()
+                if args.ema:
+                    update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
+                loss_sum += loss.detach()
+                counters.step, counters.steps = counters.step + 1, counters.steps + 1
+                if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
+                    counters.loss_sum = loss_sum.item()
+                    check_finite(counters, optimizers)
+                    bar.set_postfix(loss=f"{counters.loss_sum / counters.step:.6f}")
+                if counters.steps % CHECK_EVERY == 0 or not distributed:
+                    counters.seconds = time.perf_counter() - started
+                    if distributed:
+                        agree(counters, received, loss_sum)
+                    if received or planned(args, counters, len(batches)) >= 1:
+                        break
+        except InputError:  # a lost worker or a damaged patch: what rank 0 has learned is kept
             counters.loss_sum = loss_sum.item()
             save()
-            raise errors[0]
+            raise
+        counters.seconds = time.perf_counter() - started
         if distributed:
             agree(counters, received, loss_sum)
             dist.all_reduce(loss_sum)
@@ -172,7 +171,9 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
             if board:
                 add_to_board(board, pairs[:1], picture, row)
-            print_row(row)
+            text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
+            text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
+            print(text.format(**row), flush=True)
         counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
         save()
         if distributed:
@@ -196,20 +197,6 @@ def evaluate(
         first = restored if first is None else first
         scores.append(shaved_psnr(restored, hr, scale, rounding))
     return (fmean(scores) if scores else -math.inf), first
-
-
-def until_error(batches: Iterable, errors: list[InputError]) -> Iterator:
-    """The batches until one cannot be read; its error then stands in `errors`."""
-    try:
-        yield from batches
-    except InputError as error:
-        errors.append(error)
-
-
-def print_row(row: dict) -> None:
-    """An epoch's row on the screen."""
-    text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * (row["psnr"] is not None)
-    print((text + "  learning rate {learning_rate:.2g}  {seconds:.1f} s").format(**row), flush=True)
 
 
 def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
@@ -283,33 +270,28 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def make_optimizers(model: SRCNN, name: str, rate: float) -> list[torch.optim.Optimizer]:
-    """The optimizers of a recipe; each group keeps its full learning rate as `full_lr`."""
+    """The optimizers of a recipe, at their full learning rates."""
     *hidden, last = model.layers
     if name == "muon":
         others = [layer.bias for layer in hidden] + list(last.parameters())
         muon = Muon([layer.weight for layer in hidden], rate)
-        optimizers = [muon, torch.optim.Adam(others, rate * ADAM_IN_MUON)]
-    else:
-        first = {"params": [p for layer in hidden for p in layer.parameters()]}
-        groups = [first, {"params": last.parameters(), "lr": rate * LAST_LAYER}]
-        if name == "adam":
-            optimizers = [torch.optim.Adam(groups, rate)]
-        else:
-            optimizers = [torch.optim.SGD(groups, rate, momentum=0.9)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["full_lr"] = group["lr"]
-    return optimizers
+        return [muon, torch.optim.Adam(others, rate * ADAM_IN_MUON)]
+    first = {"params": [p for layer in hidden for p in layer.parameters()]}
+    groups = [first, {"params": last.parameters(), "lr": rate * LAST_LAYER}]
+    if name == "adam":
+        return [torch.optim.Adam(groups, rate)]
+    return [torch.optim.SGD(groups, rate, momentum=0.9)]
 
 
 def set_learning_rate(
     optimizers: list[torch.optim.Optimizer], args: argparse.Namespace, steps: int, progress: float
 ) -> None:
-    """Linear warm-up, then constant or half a cosine down to zero."""
+    """Linear warm-up, then constant or half a cosine; a group keeps its full rate as `full_lr`."""
     factor = min(1.0, (steps + 1) / (args.warmup + 1))
     if args.schedule == "cosine":
         factor *= 0.5 * (1 + math.cos(math.pi * progress))
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["full_lr"] * factor
+        group["lr"] = group.setdefault("full_lr", group["lr"]) * factor
 
 
 @torch.no_grad()
@@ -336,35 +318,26 @@ def symmetry_tables(model: SRCNN, order: int) -> list[tuple[torch.nn.Parameter, 
     group = symmetries(3)[:: 8 // order]  # each element as a table of a 3 x 3 square's pixels
     # Element m of products[g] is what g makes of element m.
     products = [[(group == k[g]).all(1).nonzero().item() for k in group] for g in group]
-    tables, layers = [], model.layers
-    for layer in layers:
-        weight, bias = [], []
+    # Where each element sends the channels before, between and after the layers; a picture's stay.
+    widths = [layer.in_channels for layer in model.layers] + [model.num_channels]
+    places = [torch.arange(width).repeat(order, 1) for width in widths]
+    for width, moved in zip(widths[1:-1], places[1:-1]):
+        sets = max(0, width - SINGLE) // order
+        first = width - sets * order
+        copies = moved[0, first:].view(sets, order)[:, torch.tensor(products)]
+        moved[:, first:] = copies.transpose(0, 1).flatten(1)
+    tables = []
+    for layer, sources, targets in zip(model.layers, places, places[1:]):
         index = torch.arange(layer.weight.numel()).view(layer.weight.shape)
         turns = symmetries(index.shape[-1])[:: 8 // order]
-        for turn, product in zip(turns, products):
-            sources = turned_channels(layer.in_channels, product if layer is not layers[0] else [])
-            targets = turned_channels(
-                layer.out_channels, product if layer is not layers[-1] else []
-            )
-            table = torch.empty_like(index)
-            table[targets[:, None], sources] = index.flatten(2)[..., turn].view(index.shape)
-            weight.append(table.flatten())
-            bias.append(targets.argsort())
-        for p, copies in (layer.weight, weight), (layer.bias, bias):
-            table = torch.stack(copies).to(p.device)
+        weight = index.repeat(order, 1, 1, 1, 1)
+        for table, turn, source, target in zip(weight, turns, sources, targets):
+            table[target[:, None], source] = index.flatten(2)[..., turn].view(index.shape)
+        for p, table in (layer.weight, weight.flatten(1)), (layer.bias, targets.argsort(1)):
             # Of all copies the first: their mean would shrink the variance.
-            p.copy_(p.flatten()[table.amin(0)].view(p.shape))
-            tables.append((p, table))
+            p.copy_(p.flatten()[table.amin(0).to(p.device)].view(p.shape))
+            tables.append((p, table.to(p.device)))
     return tables
-
-
-def turned_channels(width: int, product: list[int]) -> torch.Tensor:
-    """Where each of a layer's channels goes; those of a picture (no `product`) stay."""
-    channels = torch.arange(width)
-    sets = max(0, width - SINGLE) // len(product) if product else 0
-    first = width - sets * len(product)
-    copies = channels[first:].view(sets, len(product))[:, product] if sets else channels[first:]
-    return torch.cat([channels[:first], copies.flatten()])
 
 
 def average_gradients(tables: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
@@ -401,15 +374,15 @@ VERSION = 1  # of last.pth
 
 def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
-) -> tuple[Batches, list, dict]:
-    """Batches to train on, pairs to evaluate on, and what both files say of themselves."""
+) -> tuple[Batches, list, float, dict]:
+    """Batches, read_eval_pairs' pairs and rounding, and what both files say of themselves."""
     if args.batch_size % world_size:
         raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand(args.train_file), args.scale, halo)
-    pairs, attributes = [], {}
+    pairs, attributes, rounding = [], {}, 1.0
     if args.eval_file is not None:
-        pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
+        pairs, attributes, rounding = read_eval_pairs(args.eval_file, args.scale)
     if len(patches) < world_size:
         raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
     channels = patches.patch_shape[0]
@@ -424,7 +397,7 @@ def load_data(
         "train": {"shape": [len(patches), *patches.patch_shape], **patches.attributes},
         "eval": {"shape": [list(hr.shape) for _, hr in pairs], **attributes},
     }
-    return batches, pairs, data
+    return batches, pairs, rounding, data
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -486,29 +459,26 @@ def load_checkpoint(path: Path, defaults: dict) -> dict:
             raise InputError(f"{path}: is from an earlier version of train.py; {cure}")
         saved = checkpoint["args"]
         check_types(saved, defaults | {"lr": 0.0, "train_file": [""], "outputs_dir": None})
-        for name in LENGTHS:
-            if not isinstance(saved.get(name), (int, float, NoneType)):
-                raise TypeError(f"{name} is {saved[name]!r}")
         if saved.get("optimizer", "adam") not in LEARNING_RATES:
             raise ValueError("another optimizer")
         check_types(checkpoint["counters"], asdict(Counters()) | {"history": [{}]})
+        # Fails where a length is no number.
+        planned(argparse.Namespace(**defaults | saved), Counters(**checkpoint["counters"]), 1)
         check_types(checkpoint["data"], {"train": {}, "eval": {}})
     return checkpoint
 
 
 def check_types(values: dict, examples: dict) -> None:
-    """Raise an error where a value, or one of a list, is not of its example's type.
+    """Raise an error where a value, or one of a list, is not of its example's type; None is any."""
 
-    An example None stands for text or number, or nothing.
-    """
+    def types(value: object) -> set[type]:
+        items = value if isinstance(value, list) else []
+        return {type(value), *map(type, items)}
+
     if not values:
         raise ValueError("nothing is there")
     for name, value in values.items():
-        example = examples[name]
-        pairs = [(value, example)]
-        if isinstance(value, list) and example:
-            pairs += [(item, example[0]) for item in value]
-        if any(type(v) is not type(e) for v, e in pairs if e is not None):
+        if examples[name] is not None and not types(value) <= types(examples[name]):
             raise TypeError(f"{name} is {value!r}")
         if isinstance(value, (int, float)) and value < 0 and name != "best":
             raise ValueError(f"{name} is {value!r}")
@@ -535,17 +505,11 @@ def load_run(
         counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
         if any(tuple(row) != COLUMNS for row in counters.history):
             raise ValueError("another history")
-    if "RANK" not in os.environ or dist.get_rank() == 0:
-        print(f"{path}: going on in epoch {counters.epoch}, step {counters.step}", flush=True)
     return counters, best
 
 
 def open_board(folder: Path) -> object:
-    """TensorBoard's writer.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """TensorBoard's writer; an InputError where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -559,8 +523,7 @@ def add_to_board(board: object, pairs: list, restored: np.ndarray | None, row: d
     for ilr, hr in pairs:
         side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
         layout = "HW" if hr.ndim == 2 else "CHW"
-        title = "bicubic, SRCNN, original"
-        board.add_image(title, side_by_side, row["epoch"], dataformats=layout)
+        board.add_image("bicubic, SRCNN, original", side_by_side, row["epoch"], dataformats=layout)
     for name in COLUMNS[1:]:
         if row[name] is not None:
             board.add_scalar(name, row[name], row["epoch"])
@@ -696,7 +659,7 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
         raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
-    if args.bf16 and not has_bf16(device):
+    if args.bf16 and not has_bf16(device) and os.environ.get("RANK", "0") == "0":
         print("--bf16: slow here, this device has no instructions for it", flush=True)
     if "RANK" in os.environ:
         try:

@@ -12,9 +12,10 @@ import io
 import math
 import os
 import re
+import shutil
 import signal
 import sys
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -103,12 +104,6 @@ def crop_to_multiple(planes: np.ndarray, scale: int) -> np.ndarray:
     return planes[..., : height - height % scale, : width - width % scale]
 
 
-def degrade(hr: np.ndarray, scale: int) -> np.ndarray:
-    """ILR of a cropped picture: bicubic down and up, not rounded (protocol step 3)."""
-    height, width = hr.shape[-2:]
-    return resize(resize(hr, (height // scale, width // scale)), (height, width))
-
-
 def shave(planes: np.ndarray, scale: int) -> np.ndarray:
     """Cut `scale` pixels off every side (protocol step 5); none where nothing was enlarged."""
     return planes[..., scale:-scale, scale:-scale] if scale > 1 else planes
@@ -120,11 +115,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float = 1.0) -> float:
-    """PSNR in dB as the paper takes it: rounded, clipped, shaved (protocol step 5).
-
-    `step` is to_8bit's: what the source rounds to.
-    """
+def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float) -> float:
+    """PSNR in dB as the paper takes it: rounded to to_8bit's step, shaved (protocol step 5)."""
     return psnr(shave(to_8bit(levels, step), scale), shave(hr, scale))
 
 
@@ -234,9 +226,8 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
             and (results or not re.search(r"_srcnn_x[\d.]+$", p.stem))
         ]
         if not found:
-            raise InputError(
-                f"{path}: no image in it (results of test.py do not count); name pictures"
-            )
+            reason = "no image in it (results of test.py do not count)"
+            raise InputError(f"{path}: {reason}; name pictures")
         paths += found
     return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
 
@@ -266,8 +257,8 @@ def find_partner(
         if len(matching) == 1:
             return matching[0]
     number = f"{len(found)} pictures fit it" if found else "no picture of its name"
-    where = candidates[0].parent if candidates else "it"
-    raise InputError(f"{path}: {number} in {flag} {where}; name its partner {path.stem}.*")
+    where = f"{flag} {candidates[0].parent}"
+    raise InputError(f"{path}: {number} in {where}; name its partner {path.stem}.*")
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -285,7 +276,10 @@ def open_image(path: str | Path) -> Image.Image:
                 deep = image.mode != "I;16" and ";16" in str(image.tile)
                 orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
                 image.load()  # turns a TIFF upright
-                drop_texts(image)
+                # Texts of a PNG stand beside the properties: one named "dpi" is no resolution.
+                image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
+                if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
+                    del image.info["exif"]
                 orientation = orientation or image.getexif().get(0x0112)
                 frames = getattr(image, "n_frames", 1)
                 upright = ImageOps.exif_transpose(image)
@@ -301,13 +295,6 @@ def open_image(path: str | Path) -> Image.Image:
     if frames > 1:
         print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
     return upright
-
-
-def drop_texts(image: Image.Image) -> None:
-    """Texts of a PNG stand beside the properties in `info`: one named "dpi" is no resolution."""
-    image.info = {k: value for k, value in image.info.items() if not isinstance(value, str)}
-    if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
-        del image.info["exif"]
 
 
 @dataclass
@@ -344,7 +331,7 @@ class Planes:
             step = 0.0 if self.mode == "F" else 255 / (high - low)
             values = to_8bit(plane, step) * ((high - low) / 255) + low
             dtype = self.colour.dtype
-            if self.mode != "F":
+            if step:
                 values = np.clip(np.rint(values), np.iinfo(dtype).min, np.iinfo(dtype).max)
             planes.append(values.astype(dtype))
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
@@ -382,7 +369,7 @@ def levels_of(
     A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
 
     Raises:
-        InputError: a picture of no known range, or of other channels.
+        InputError: a picture of no known range.
     """
     planes = decode(image, value_range)
     if planes.mode in ("I", "F") and value_range is None:
@@ -392,11 +379,7 @@ def levels_of(
     levels = to_8bit(planes.levels(), step)  # what lies beyond the range is black or white
     if num_channels == 3:
         return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
-    if num_channels != 1:
-        raise InputError(f"a picture has 1 or 3 channels, not {num_channels}; take other weights")
-    if len(levels) == 1:
-        return levels[0], step
-    return rounded_luma(levels, step), step
+    return (levels[0] if len(levels) == 1 else rounded_luma(levels, step)), step
 
 
 def rounded_luma(rgb: np.ndarray, step: float) -> np.ndarray:
@@ -499,20 +482,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield path
         return
     target = Path(os.path.realpath(path))  # a link stays one
-    missing = [folder for folder in target.parents if not folder.exists()]
-    partial = None
     try:
-        LEFTOVERS.extend(missing)
+        LEFTOVERS.extend(folder for folder in target.parents if not folder.exists())
         target.parent.mkdir(parents=True, exist_ok=True)
         # The name keeps its extension: Pillow reads the format off it.
-        handle, name = tempfile.mkstemp(target.suffix, ".part-", target.parent)
-        os.close(handle)
-        partial = Path(name)
+        partial = target.with_name(f".part-{uuid.uuid4().hex}{target.suffix}")
         LEFTOVERS.insert(0, partial)
+        partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.chmod(target.stat().st_mode & 0o7777 if target.exists() else 0o666 & ~_umask())
+        if target.exists():
+            shutil.copymode(target, partial)
         partial.replace(target)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
@@ -530,13 +511,6 @@ def clear_up() -> None:
     for path in LEFTOVERS:
         with suppress(OSError):  # not there, or a folder with a finished file in it
             path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _umask() -> int:
-    """What new files of this process may not have of 0o666."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -557,11 +531,8 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
 def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
-    """Refuse outputs that would overwrite an input or one another, also through links.
-
-    Args:
-        outputs: (the flag or file that asks for it, where it goes).
-    """
+    """Refuse outputs, each (the flag or file that asks for it, where it goes), that would
+    overwrite an input or one another, also through links."""
     places = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
     for name, output in outputs:
         place = os.path.normcase(os.path.realpath(output))
@@ -645,7 +616,13 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def run(main: Callable[[], int | None]) -> None:
     """Exit with main's status, with 2 and one line for bad input, with 128 + N for signal N."""
     on_stop_signals(exit_by_signal)
-    keep_freed_memory()
+    # To give the memory of large arrays back and fetch it again, page by page, takes a tenth of
+    # the time of training and enlarging. Where there is no glibc, nothing happens.
+    with suppress(OSError, AttributeError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
     with suppress(AttributeError):  # names that the terminal cannot print are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -653,16 +630,6 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         report(error)
         sys.exit(2)
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep the memory of large arrays: to give it back and fetch it again, page
-    by page, takes a tenth of the time of training and enlarging. Elsewhere nothing happens."""
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:

@@ -33,7 +33,7 @@ import train
 from datasets import Batches, H5Patches
 from models import SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, exit_by_signal, number, on_stop_signals, run
-from utils import Pair, bicubic_pair, degrade, find_images, read_levels, resize, write_csv
+from utils import Pair, bicubic_pair, find_images, read_levels, resize, write_csv
 from utils import crop_to_multiple, psnr, reading, rgb_to_ycbcr, shave, to_8bit, ycbcr_to_rgb
 from utils import write_whole
 
@@ -281,16 +281,16 @@ def score_planes(model: SRCNN | None, strategy: str, path: Path) -> list[float]:
     rgb = crop_to_multiple(read_levels(path, 3)[0], 3)
     hr = to_8bit(rgb_to_ycbcr(rgb)).astype(np.float32)
     if strategy == "RGB":
-        restored_rgb = to_8bit(restore(model, degrade(rgb, 3)))
+        restored_rgb = to_8bit(restore(model, bicubic_pair(rgb, 1, 3).ilr))
         restored = to_8bit(rgb_to_ycbcr(restored_rgb))
     else:
-        restored = degrade(hr, 3)
+        restored = bicubic_pair(hr, 1, 3).ilr
         if strategy == "Y only":
             restored[0] = restore(model, restored[0])
         elif model:
             restored = restore(model, restored)
         restored = to_8bit(restored)
-        restored_rgb = to_8bit(ycbcr_to_rgb(restored) if model else degrade(rgb, 3))
+        restored_rgb = to_8bit(ycbcr_to_rgb(restored) if model else bicubic_pair(rgb, 1, 3).ilr)
     pairs = [*zip(hr, restored), (hr, restored), (rgb, restored_rgb)]
     return [psnr(shave(truth, 3), shave(ours, 3)) for truth, ours in pairs]
 

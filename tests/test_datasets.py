@@ -93,7 +93,7 @@ def test_streamed_batches_are_those_of_the_device(tmp_path, workers):
 
 def test_patches_are_streamed_only_where_they_do_not_fit(numbered, monkeypatch):
     assert not batches(numbered).stream
-    monkeypatch.setattr("datasets.free_memory", lambda device: 41 * 25 * 2 * 4)
+    monkeypatch.setattr("datasets.available_memory", lambda: 41 * 25 * 2 * 4)
     assert batches(numbered).stream
 
 

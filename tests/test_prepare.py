@@ -15,7 +15,7 @@ from conftest import DATA, needs_data, noise, refused, tree
 from PIL import Image
 
 import prepare
-from utils import InputError, degrade, to_8bit
+from utils import InputError, bicubic_pair, to_8bit
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_training_file_has_the_layout_of_the_forks(call, images, tmp_path):
         assert file["lr"].shape == file["hr"].shape == (3, 33, 33)
         assert file["lr"].dtype == file["hr"].dtype == np.float32
         assert np.array_equal(file["hr"], expected)
-        ilr = degrade(hr.astype(np.float32), 3)
+        ilr = bicubic_pair(hr.astype(np.float32), 1, 3).ilr
         assert np.array_equal(file["lr"][1], ilr[:33, 14:47])
         assert not np.array_equal(file["lr"], to_8bit(np.asarray(file["lr"])))
         assert file["lr"].maxshape[0] is None
@@ -72,7 +72,7 @@ def test_evaluation_file_holds_whole_pictures_in_groups(call, images, tmp_path):
         assert list(file["lr"]) == list(file["hr"]) == ["0", "1", "2"]
         hr = luma(images / "colour.png")[:40, :48]
         assert np.array_equal(file["hr/0"], hr)
-        assert np.array_equal(file["lr/0"], degrade(hr.astype(np.float32), 4))
+        assert np.array_equal(file["lr/0"], bicubic_pair(hr.astype(np.float32), 1, 4).ilr)
         assert file["lr/0"].dtype == np.float32
 
 
