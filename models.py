@@ -193,8 +193,12 @@ ACCELERATOR_TILE = 1024  # keeps a GPU busy with 0.6 GB of activations
 BAND = 3 << 20  # output pixels that are enlarged at once: 0.1 GB of planes
 
 
-def pick_device(name: str | None) -> torch.device:
+def pick_device(name: str | None, tf32: bool = False) -> torch.device:
     """The device asked for, else this process's GPU where there is one, else the CPU.
+
+    Args:
+        name: cpu, cuda (this process's GPU), cuda:1, mps, or None.
+        tf32: whether a GPU may round the factors of float32 products to ten bits.
 
     Raises:
         InputError: no such device here.
@@ -209,6 +213,7 @@ def pick_device(name: str | None) -> torch.device:
         raise InputError(f"{where}; use --device cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return device
 
 
@@ -241,7 +246,7 @@ def restore(
         top, bottom = top + skip[0], bottom + skip[0]
         patch = padded[:, top : bottom + 2 * halo, left : right + 2 * halo]
         x = torch.from_numpy(np.ascontiguousarray(patch))[None]
-        x = x.to(parameter.device, parameter.dtype) / 255
+        x = (x.to(parameter.device) / 255).to(parameter.dtype)
         y = model(x.contiguous(memory_format=torch.channels_last), valid=True)[0]
         restored[:, top:bottom, left:right] = (y.float() * 255).cpu().numpy()
 
@@ -301,7 +306,7 @@ class SelfEnsemble(nn.Module):
         for turns, flip in itertools.product(range(4), (False, True)):
             turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
             back = torch.rot90(self.model(turned, valid), -turns, (2, 3))
-            total = total + (back.flip(3) if flip else back)
+            total = total + (back.flip(3) if flip else back).float()
         return total / 8
 
 

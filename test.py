@@ -71,7 +71,7 @@ def weights_path(args: argparse.Namespace) -> Path:
 
 def load_model(args: argparse.Namespace) -> nn.Module:
     """The network that the arguments ask for, on its device."""
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     model = load_srcnn(weights_path(args), device).to(memory_format=torch.channels_last)
     if args.half:
         if device.type != "cuda":
@@ -386,6 +386,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("where it runs").add_argument
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add("--half", action="store_true", help="half precision, on CUDA")
+    add("--tf32", action="store_true", help="faster, less exact products on a GPU")
     add("--tile", type=number(int, 1, 4097), help="output pixels a side")
     return parser
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from statistics import fmean
@@ -73,6 +74,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     model = model.to(device, memory_format=torch.channels_last)
     tables = symmetry_tables(model, args.symmetry)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
+    bf16 = args.bf16 if has_bf16(device) else 0.0
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     counters, best = Counters(), weights_of(model)
     folder = run_folder(args)
@@ -87,7 +89,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         check_finite(counters, optimizers)
         if rank == 0:
             state = {"version": VERSION, "args": vars(args), "counters": asdict(counters)}
-            state |= {"data": data, "ran": {"bf16": bool(args.bf16), "world_size": world_size}}
+            state |= {"data": data, "ran": {"bf16": bool(bf16), "world_size": world_size}}
             state |= {"model": model.state_dict(), "best": best}
             state["average"] = average.state_dict() if args.ema else None
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
@@ -119,7 +121,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             for ilr, hr in bar:
                 progress = planned(args, counters, len(batches))
                 set_learning_rate(optimizers, args, counters.steps, progress)
-                with torch.autocast(device.type, torch.bfloat16, enabled=progress < args.bf16):
+                with torch.autocast(device.type, torch.bfloat16, enabled=progress < bf16):
                     restored = network(ilr, valid=True)
                 loss = F.mse_loss(restored.float(), hr)
                 model.zero_grad()
@@ -132,7 +134,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                     update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
                 loss_sum += loss.detach()
                 counters.step, counters.steps = counters.step + 1, counters.steps + 1
-                if counters.steps % CHECK_EVERY == 0 and device.type == "cpu":  # others would wait
+                if counters.steps % CHECK_EVERY == 0:  # a GPU is waited for
                     counters.loss_sum = loss_sum.item()
                     check_finite(counters, optimizers)
                     bar.set_postfix(loss=f"{counters.loss_sum / counters.step:.6f}")
@@ -566,7 +568,7 @@ def has_bf16(device: torch.device) -> bool:
 # A resumed run may change where it runs, how long, where data lies, what is written beside.
 LENGTHS = {"num_epochs", "minutes", "steps"}
 FREE = LENGTHS | {"resume", "train_file", "eval_file", "device", "num_workers", "stream"}
-FREE |= {"outputs_dir", "save_every", "tensorboard"}
+FREE |= {"outputs_dir", "save_every", "tensorboard", "tf32"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -615,6 +617,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("where it runs").add_argument
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add("--tf32", action="store_true", help="faster, less exact products on a GPU")
     stream = "read patches from disk (default: where they do not fit into the memory)"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream)
     add("--num-workers", type=number(int, 0), default=8, help="that stream (default: 8)")
@@ -657,18 +660,21 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     last = folder / "last.pth"
     if checkpoint and last.exists() and not last.samefile(args.resume):
         raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.tf32)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
     if args.bf16 and not has_bf16(device) and os.environ.get("RANK", "0") == "0":
-        print("--bf16: slow here, this device has no instructions for it", flush=True)
+        print("--bf16: this device has no instructions for it; float32 is used", flush=True)
     if "RANK" in os.environ:
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            # The others wait while the first process evaluates, however long that takes.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         except Exception as error:
             cure = "start several processes with torchrun, one without these variables"
             raise InputError(f"RANK, WORLD_SIZE, MASTER_ADDR: make no group; {cure}") from error
     status = train(args, device, checkpoint)
     if "RANK" in os.environ:
+        dist.barrier()  # meanwhile gloo's threads let go of tensors, for which they need the GIL
         dist.destroy_process_group()
     return status
 
