@@ -115,7 +115,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float) -> float:
+def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float = 1.0) -> float:
     """PSNR in dB as the paper takes it: rounded to to_8bit's step, shaved (protocol step 5)."""
     return psnr(shave(to_8bit(levels, step), scale), shave(hr, scale))
 

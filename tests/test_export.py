@@ -58,3 +58,14 @@ def test_the_weights_are_not_overwritten(call):
     before = path.read_bytes()
     assert refused(call("test", "--export", path, "--scale", 3), "would overwrite")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("network", "kernels"), [("9-1-5", "9-1-5"), ("rgb", "9-5-5")])
+def test_the_networks_of_this_repository_are_chosen_by_name(call, tmp_path, network, kernels):
+    argv = "--network", network, "--scale", 3
+    assert call("test", "--export", tmp_path / "x.onnx", *argv).status == 0
+    says = onnxruntime.InferenceSession(tmp_path / "x.onnx").get_modelmeta().custom_metadata_map
+    assert (says["kernel_sizes"], says["channels"]) == (kernels, "3" if network == "rgb" else "1")
+    other = call("test", "--export", tmp_path / "y.onnx", *argv, "--weights-file", "w.pth")
+    assert refused(other, "--network", "--weights-file")
+    assert refused(call("test", *argv[:2], "--scale", 7), "--scale 7", "there are weights for")
