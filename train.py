@@ -227,7 +227,7 @@ NUM_EPOCHS = 400  # the forks'
 HISTORICAL = {"schedule": "constant", "warmup": 0, "ema": 0.0, "augment": False}
 RECIPES = {
     "adam": {},
-    "fast": {"optimizer": "muon", "symmetry": 4, "batch_size": 4, "bf16": 0.7},
+    "fast": {"optimizer": "muon", "symmetry": 4, "lr": 0.008, "batch_size": 4, "bf16": 0.7},
     "forks": {"lr": 1e-4, "init": "default", **HISTORICAL},
     "paper": {"optimizer": "sgd", "init": "gaussian", **HISTORICAL},
 }
