@@ -171,9 +171,9 @@ def to_onnx(model: SRCNN, scale: int) -> bytes:
         if y != "sr":
             nodes.append(helper.make_node("Relu", [y], [x := f"relu{i}"]))
     shape = ["N", model.num_channels, "H", "W"]
-    ends = (helper.make_tensor_value_info(end, TensorProto.FLOAT, shape) for end in ("ilr", "sr"))
+    ilr, sr = (helper.make_tensor_value_info(x, TensorProto.FLOAT, shape) for x in ("ilr", "sr"))
     weights = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
-    graph = helper.make_graph(nodes, "SRCNN", *([end] for end in ends), weights)
+    graph = helper.make_graph(nodes, "SRCNN", [ilr], [sr], weights)
     opset = helper.make_opsetid("", 13)
     exported = helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="SRCNN")
     what = {1: "luma (BT.601, Y / 255)", 3: "RGB"}.get(model.num_channels, "planes")

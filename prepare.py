@@ -270,6 +270,8 @@ def download(
                 tempfile.TemporaryFile() as file,  # nameless: nothing is left behind
             ):
                 shutil.copyfileobj(body, file)
+                if response.length:
+                    raise OSError(f"broke off, {response.length:,} bytes are missing")
                 extract(file, folder, wanted)
         except Exception as error:  # no connection, one that broke off, a damaged archive
             print(f"{url}: {error}; trying the next source", file=sys.stderr)

@@ -293,13 +293,11 @@ def print_scores(rows: list[dict], scale: int) -> None:
     columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
     titles = [re.sub("_psnr$", " dB", name.replace("_rgb", " RGB")) for name in columns]
     titles = [f"{'SSIM' if title.endswith('_ssim') else title:>8}" for title in titles]
+    digits = [4 if name.endswith("_ssim") else 2 for name in columns]
     print(f"{f'x{scale}':{width}}  " + "  ".join(titles))
     averages = {name: fmean(row[name] for row in rows) for name in columns}
     for row in [*rows, {"image": "mean", **averages}]:
-        cells = (
-            f"{row[name]:{len(title)}.{4 if title.endswith('SSIM') else 2}f}"
-            for name, title in zip(columns, titles)
-        )
+        cells = (f"{row[c]:{len(t)}.{n}f}" for c, t, n in zip(columns, titles, digits))
         print(f"{row['image']:{width}}  " + "  ".join(cells))
 
 

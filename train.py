@@ -75,6 +75,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     tables = symmetry_tables(model, args.symmetry)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
+    if bf16 != args.bf16 and rank == 0:
+        print("--bf16: this device has no instructions for it; float32 is used", flush=True)
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     counters, best = Counters(), weights_of(model)
     folder = run_folder(args)
@@ -130,7 +132,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 average_gradients(tables)
                 for optimizer in optimizers:
                     optimizer.step()
-                if args.ema:
+                if args.ema:  # over a ninth of the steps so far, in long runs less
                     update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
                 loss_sum += loss.detach()
                 counters.step, counters.steps = counters.step + 1, counters.steps + 1
@@ -662,8 +664,6 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
         raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
     device = pick_device(args.device, args.tf32)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
-    if args.bf16 and not has_bf16(device) and os.environ.get("RANK", "0") == "0":
-        print("--bf16: this device has no instructions for it; float32 is used", flush=True)
     if "RANK" in os.environ:
         try:
             backend = "nccl" if device.type == "cuda" else "gloo"

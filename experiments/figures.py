@@ -7,7 +7,6 @@ Needs experiments/requirements.txt. Filters and curves are ours; the photograph 
 """
 
 import argparse
-import csv
 import io
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ except ImportError:
     matplotlib = None
 
 from models import load_srcnn
-from paper import BATCH, EXPERIMENTS, history, matching, read_results
+from paper import BATCH, EXPERIMENTS, history, matching, read_results, read_rows
 from utils import ArgumentParser, InputError, bicubic_pair, number, rounded_luma, run, write_whole
 
 # Set5 x3, as the paper's figure of convergence shows them: lines of other methods.
@@ -51,8 +50,7 @@ def draw_curves(args: argparse.Namespace, experiment: str, path: Path) -> None:
         if not path_of.is_file():
             print(f"{path_of}: is not there; first: paper.py {experiment}", file=sys.stderr)
             continue
-        with path_of.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(path_of)
         done = np.linspace(0, args.steps, len(rows) + 1)[1:]
         axes.plot(done * BATCH, [float(row["psnr"]) for row in rows], label=variant.name)
     if not axes.lines:

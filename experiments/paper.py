@@ -59,7 +59,7 @@ class Variant:
     flags: str = ""
     scale: int = 3
     data: tuple[str, ...] = ("all",)
-    last_layer: float = 0.1
+    last_layer: float = train.LAST_LAYER
     function: str = "train_and_score"
 
 
@@ -224,33 +224,39 @@ def history(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
 # --- from a variant to its rows -------------------------------------------------------------
 
 
-def row_of(args: argparse.Namespace, last: Path | None, seed: int) -> dict:
-    """What a row says of a network."""
-    row = {"seed": seed}
-    if last:
-        weights = (layer.weight.numel() for layer in load_srcnn(last).layers)
-        with (last.parent / "history.csv").open() as file:
-            seconds = [float(epoch["seconds"]) for epoch in csv.DictReader(file)][-1]
-        row |= {"parameters": sum(weights), "seconds": round(seconds, 1)}
-        row |= {"steps": args.steps, "batch": BATCH}
-    return row
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a csv file that a script wrote."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def parameters(model: SRCNN) -> int:
+    """How many weights a network has, without biases, as the paper counts."""
+    return sum(layer.weight.numel() for layer in model.layers)
+
+
+def run_of(args: argparse.Namespace, last: Path) -> dict:
+    """What a row says of a training run."""
+    seconds = float(read_rows(last.parent / "history.csv")[-1]["seconds"])
+    row = {"parameters": parameters(load_srcnn(last)), "seconds": round(seconds, 1)}
+    return row | {"steps": args.steps, "batch": BATCH}
 
 
 def train_and_score(args: argparse.Namespace, variant: Variant, seed: int) -> Iterator[dict]:
     """Train a network on luma and score it on every set."""
     last = trained(args, variant, seed, h5_files(args, variant), args.steps)
+    of_run = run_of(args, last)
     for known in map(Path, args.sets):
         scores = last.with_name(f"{known.name}.csv")
         where = "--weights-file", last, "--scale", variant.scale, "--csv", scores
         call("test", "--eval", "--image-file", known, *where)
-        with scores.open() as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(scores)
         psnr, ssim = (
             fmean(float(row[f"srcnn_{what}"]) for row in rows) for what in ("psnr", "ssim")
         )
         paper = variant.paper if known.name == "Set5" else None
         figures = {"set": known.name, "paper_psnr": paper, "psnr": psnr, "ssim": ssim}
-        yield row_of(args, last, seed) | figures
+        yield of_run | figures
 
 
 def score_colour(args: argparse.Namespace, variant: Variant, seed: int) -> Iterator[dict]:
@@ -267,21 +273,22 @@ def score_colour(args: argparse.Namespace, variant: Variant, seed: int) -> Itera
     elif variant.name != "bicubic":
         files, half = ycbcr_files(args), args.steps // 2
         last = trained(args, variant, seed, files, half, pretrained(args, variant, seed, files[0]))
-    model = load_srcnn(last) if last else None
+    model, of_run = (load_srcnn(last), run_of(args, last)) if last else (None, {})
     for known in args.sets:
         scores = [score_planes(model, variant.name, path) for path in find_images([known])]
         for plane, paper, values in zip(PLANES, (*variant.paper, None), zip(*scores)):
             figures = {"set": f"{Path(known).name} {plane}", "psnr": fmean(values)}
             figures["paper_psnr"] = paper if Path(known).name == "Set5" else None
-            yield row_of(args, last, seed) | figures
+            yield of_run | figures
 
 
 def score_planes(model: SRCNN | None, strategy: str, path: Path) -> list[float]:
     """PSNR in dB of the PLANES of a picture that is reduced and restored."""
     rgb = crop_to_multiple(read_levels(path, 3)[0], 3)
     hr = to_8bit(rgb_to_ycbcr(rgb)).astype(np.float32)
+    restored_rgb = bicubic_pair(rgb, 1, 3).ilr
     if strategy == "RGB":
-        restored_rgb = to_8bit(restore(model, bicubic_pair(rgb, 1, 3).ilr))
+        restored_rgb = to_8bit(restore(model, restored_rgb))
         restored = to_8bit(rgb_to_ycbcr(restored_rgb))
     else:
         restored = bicubic_pair(hr, 1, 3).ilr
@@ -290,7 +297,7 @@ def score_planes(model: SRCNN | None, strategy: str, path: Path) -> list[float]:
         elif model:
             restored = restore(model, restored)
         restored = to_8bit(restored)
-        restored_rgb = to_8bit(ycbcr_to_rgb(restored) if model else bicubic_pair(rgb, 1, 3).ilr)
+        restored_rgb = to_8bit(ycbcr_to_rgb(restored) if model else restored_rgb)
     pairs = [*zip(hr, restored), (hr, restored), (rgb, restored_rgb)]
     return [psnr(shave(truth, 3), shave(ours, 3)) for truth, ours in pairs]
 
@@ -354,10 +361,8 @@ def measure_speed(args: argparse.Namespace, variant: Variant, seed: int) -> Iter
             if model:
                 restore(model, ilr)
         seconds.append((time.perf_counter() - start) / len(pairs))
-    row = {"set": Path(args.sets[-1]).name, "seconds": round(min(seconds), 4), "seed": seed}
-    if model:
-        row["parameters"] = sum(layer.weight.numel() for layer in model.layers)
-    yield row
+    row = {"set": Path(args.sets[-1]).name, "seconds": round(min(seconds), 4)}
+    yield row | ({"parameters": parameters(model)} if model else {})
 
 
 def draw(args: argparse.Namespace, variant: Variant, seed: int) -> list:
@@ -459,13 +464,11 @@ def main(args: argparse.Namespace) -> None:
         done = matching(rows, args, experiment, variant)
         if any(row["seed"] == str(seed) for row in done):
             continue
-        known = {"experiment": experiment, "variant": variant.name, "commit": commit()}
+        known = dict.fromkeys(COLUMNS) | {"experiment": experiment, "variant": variant.name}
+        known |= {"seed": seed, "commit": commit()}
         found = list(globals()[variant.function](args, variant, seed))
-        rows = read_results(path) + [
-            {name: (known | row).get(name, "") for name in COLUMNS} for row in found
-        ]
-        write_csv(path, COLUMNS, rows)
-        rows = read_results(path)
+        write_csv(path, COLUMNS, rows + [known | row for row in found])
+        rows = read_results(path)  # all values as text, like those of before
     for experiment in chosen:
         print_table(rows, args, experiment)
 

@@ -31,12 +31,16 @@ def test_training_gets_better(flags, tmp_path, recipe, data):
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(flags, tmp_path):
+    flags += ["--schedule", "constant"]  # the same at whatever length
     whole = spawn(TRAIN, *flags, "--num-epochs", 6, "--outputs-dir", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    spawn(TRAIN, *flags, "--num-epochs", 3, "--schedule", "constant", "--outputs-dir", tmp_path)
+    spawn(TRAIN, *flags, "--num-epochs", 3, "--outputs-dir", tmp_path)
     resumed = spawn(TRAIN, "--resume", tmp_path / "x3" / "last.pth", "--num-epochs", 6)
     assert resumed.returncode == 0, resumed.stderr
     assert "going on in epoch 4" in resumed.stdout
+    models = [load_srcnn(folder / "x3" / "last.pth") for folder in (tmp_path, tmp_path / "whole")]
+    for a, b in zip(*(model.parameters() for model in models)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
 def test_torchrun_of_one_process_trains_as_one_process_does(flags, tmp_path):
