@@ -72,7 +72,10 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
+    loaded = weights_of(model)
     tables = symmetry_tables(model, args.symmetry)
+    if args.init not in INITS and not checkpoint:
+        check_unchanged(args, model, loaded)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
     if bf16 != args.bf16 and rank == 0:
@@ -342,6 +345,14 @@ def symmetry_tables(model: SRCNN, order: int) -> list[tuple[torch.nn.Parameter, 
             p.copy_(p.flatten()[table.amin(0).to(p.device)].view(p.shape))
             tables.append((p, table.to(p.device)))
     return tables
+
+
+def check_unchanged(args: argparse.Namespace, model: SRCNN, loaded: dict) -> None:
+    """Refuse weights of --init that symmetry_tables would have spoiled."""
+    for name, value in weights_of(model).items():
+        if not torch.allclose(value, loaded[name], atol=1e-3):
+            reason = f"its filters are not {args.symmetry} turned copies of each other"
+            raise InputError(f"--init {args.init}: {reason}; add --symmetry 1")
 
 
 def average_gradients(tables: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:

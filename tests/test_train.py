@@ -286,6 +286,12 @@ def test_symmetric_training_makes_a_plain_file_that_commutes_with_turns(
         assert (model(x.flip(3)) - model(x).flip(3)).abs().max() > 1e-5
     copies = len(model.conv1.weight.flatten(1).norm(dim=1).mul(1e4).round().unique())
     assert copies == 8 + (20 - 8) // order + (20 - 8) % order
+    # Its weights may be gone on from; those of free filters would be spoiled.
+    goes_on = [*files, *layers, "--num-epochs", 1, "--init", tmp_path / "x3/last.pth"]
+    assert call("train", *goes_on, "--outputs-dir", tmp_path / "further").status == 0
+    torch.save(SRCNN(1, (20, 17), (5, 3, 5), "default").state_dict(), tmp_path / "free.pth")
+    refusal = call("train", *goes_on[:-1], tmp_path / "free.pth")
+    assert refused(refusal, "free.pth", "turned copies", "--symmetry 1")
 
 
 def test_a_recipe_sets_defaults_which_typed_flags_override(base):
