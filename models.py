@@ -25,7 +25,7 @@ from tqdm import tqdm
 from utils import InputError, Planes, available_memory, decode, fill_transparent, reading
 from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
-INITS = ("identity", "smooth", "gaussian", "default")
+INITS = ("identity", "gaussian", "default")
 
 
 class SRCNN(nn.Module):
@@ -38,8 +38,8 @@ class SRCNN(nn.Module):
         num_channels: 1 for luma, 3 for RGB.
         filters: outputs of every layer but the last.
         kernel_sizes: odd sides, one more than `filters`: (9, 5, 5), (9, 1, 1, 5), ...
-        init: "identity" (the untrained network returns its input), "smooth" (so does this,
-            and its filters see edges only), "gaussian" (the paper's) or "default" (PyTorch's).
+        init: "identity" (the untrained network returns its input), "gaussian" (the
+            paper's) or "default" (PyTorch's).
 
     Raises:
         ValueError: numbers that make no network, or an unknown `init`.
@@ -102,12 +102,6 @@ class SRCNN(nn.Module):
         channels = self.num_channels
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if init == "smooth":
-                if layer is self.conv1:  # what bicubic has enlarged holds nothing finer
-                    coarse, side = layer.weight[..., ::2, ::2], layer.kernel_size
-                    layer.weight.copy_(F.interpolate(coarse, side, mode="bicubic"))
-                # Flat areas give 0: they would switch some filters off and make others linear.
-                layer.weight -= layer.weight.mean((1, 2, 3), keepdim=True)
             nn.init.dirac_(layer.weight[:channels])  # the first filters hand the picture through
         # Tiny, not zero: the other filters then learn from the first step on.
         nn.init.normal_(self.layers[-1].weight, std=1e-5)

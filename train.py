@@ -229,11 +229,10 @@ LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
 ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a fraction of Muon's
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
 NUM_EPOCHS = 400  # the forks'
-FAST = {"optimizer": "muon", "symmetry": 4, "init": "smooth", "lr": 0.008}
 HISTORICAL = {"schedule": "constant", "warmup": 0, "ema": 0.0, "augment": False}
 RECIPES = {
     "adam": {},
-    "fast": {**FAST, "batch_size": 4, "bf16": 0.7},
+    "fast": {"optimizer": "muon", "symmetry": 4, "lr": 0.008, "batch_size": 4, "bf16": 0.7},
     "forks": {"lr": 1e-4, "init": "default", **HISTORICAL},
     "paper": {"optimizer": "sgd", "init": "gaussian", **HISTORICAL},
 }

@@ -635,8 +635,9 @@ def run(main: Callable[[], int | None]) -> None:
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
     """Handle what ends a program: Ctrl-C, a batch system's SIGTERM, a closing terminal."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), handler)
+        signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup's stays ignored
+            signal.signal(signum, handler)
 
 
 def exit_by_signal(signum: int, frame: object) -> None:

@@ -70,7 +70,8 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
     """PSNR over the number of parameters: ours, and what the paper reports from ImageNet."""
     rows = read_results(Path(args.results))
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for experiment, marker in ("sizes", "o"), ("filters", "s"), ("depth", "^"):
+    looks = ("sizes", "o", (4, -11)), ("filters", "s", (-6, 6)), ("depth", "^", (4, 5))
+    for experiment, marker, place in looks:
         points, papers = [], []
         for variant in EXPERIMENTS[experiment]:
             found = matching(rows, args, experiment, variant)
@@ -79,9 +80,8 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
                 psnr = fmean(float(row["psnr"]) for row in found)
                 points.append((int(found[0]["parameters"]), psnr))
                 papers += [(points[-1][0], variant.paper)] if variant.paper else []
-                axes.annotate(
-                    variant.name, points[-1], (3, 3), textcoords="offset points", fontsize=8
-                )
+                where = {"textcoords": "offset points", "ha": "right" if place[0] < 0 else "left"}
+                axes.annotate(variant.name, points[-1], place, fontsize=8, **where)
         if points:
             axes.plot(*zip(*points), marker, label=f"{experiment}, ours (91 images)")
         if papers:
@@ -96,7 +96,10 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
         pyplot.close(figure)
         print("no rows of sizes, filters or depth; first: paper.py sizes", file=sys.stderr)
         return
-    axes.set(xscale="log", xlabel="parameters", ylabel="PSNR on Set5 x3, dB")
+    axes.set(xscale="log", xlabel="parameters", ylabel="PSNR on Set5 x3, dB", xlim=(2500, 1e5))
+    axes.set_xticks([4000, 8000, 16000, 32000, 64000])
+    axes.get_xaxis().set_major_formatter("{x:.0f}")
+    axes.get_xaxis().set_minor_formatter("")
     axes.legend(fontsize=8)
     save(figure, path)
 

@@ -22,6 +22,7 @@ import train
 from models import SRCNN
 from utils import run
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
 DATA = ROOT / "data"
 Result = namedtuple("Result", "status out err")
 needs_data = pytest.mark.skipif(

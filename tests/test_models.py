@@ -67,19 +67,9 @@ def test_padding_is_done_once_with_the_edge_and_valid_skips_it():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("init", ["identity", "smooth"])
-def test_untrained_network_returns_its_input(channels, init):
+def test_untrained_network_returns_its_input(channels):
     x = torch.rand(1, channels, 40, 40)
-    assert (SRCNN(channels, init=init)(x) - x).abs().max() < 1e-3
-
-
-def test_smooth_filters_neither_see_flat_areas_nor_single_pixels():
-    torch.manual_seed(0)
-    plain, smooth = (SRCNN(init=init).conv1.weight[1:, 0] for init in ("identity", "smooth"))
-    flat = smooth.sum((1, 2)).abs().max(), plain.sum((1, 2)).abs().max()
-    assert flat[0] < 1e-4 < 0.1 < flat[1]
-    steps = [w.diff(dim=2).norm() / w.norm() for w in (smooth, plain)]
-    assert steps[0] < 0.7 * steps[1]
+    assert (SRCNN(channels)(x) - x).abs().max() < 1e-3
 
 
 def test_other_initialisations_are_the_papers_and_pytorchs():

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,6 +389,17 @@ def test_a_signal_ends_the_step_and_the_run_goes_on_bit_for_bit(base, tmp_path, 
     assert spawn(ROOT / "train.py", "--resume", last, env=ONE_THREAD).returncode == 0
     assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
     assert equal(last.with_name("best.pth"), tmp_path / "whole/x3/best.pth")
+
+
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
+def test_a_run_under_nohup_outlives_its_terminal(base, tmp_path):
+    command = ["nohup", sys.executable, ROOT / "train.py", *base, "--num-epochs", 60]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(list(map(str, command)), env=os.environ | ONE_THREAD, **silent)
+    wait_for(tmp_path / "out/x3/history.csv", process)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert len(history(tmp_path / "out/x3")) == 60
 
 
 def test_ten_kills_at_random_moments_lose_nothing(base, tmp_path):
