@@ -70,7 +70,7 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
     """PSNR over the number of parameters: ours, and what the paper reports from ImageNet."""
     rows = read_results(Path(args.results))
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    looks = ("sizes", "o", (4, -11)), ("filters", "s", (-6, 6)), ("depth", "^", (4, 5))
+    looks = ("sizes", "o", (7, -4)), ("filters", "s", (-6, 6)), ("depth", "^", (4, 5))
     for experiment, marker, place in looks:
         points, papers = [], []
         for variant in EXPERIMENTS[experiment]:
