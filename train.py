@@ -72,10 +72,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
-    loaded = weights_of(model)
     tables = symmetry_tables(model, args.symmetry)
-    if args.init not in INITS and not checkpoint:
-        check_unchanged(args, model, loaded)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
     if bf16 != args.bf16 and rank == 0:
@@ -347,14 +344,6 @@ def symmetry_tables(model: SRCNN, order: int) -> list[tuple[torch.nn.Parameter, 
     return tables
 
 
-def check_unchanged(args: argparse.Namespace, model: SRCNN, loaded: dict) -> None:
-    """Refuse weights of --init that symmetry_tables would have spoiled."""
-    for name, value in weights_of(model).items():
-        if not torch.allclose(value, loaded[name], atol=1e-3):
-            reason = f"its filters are not {args.symmetry} turned copies of each other"
-            raise InputError(f"--init {args.init}: {reason}; add --symmetry 1")
-
-
 def average_gradients(tables: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
     """Replace every gradient by its mean over the group: symmetric weights stay symmetric."""
     for p, table in tables:
@@ -374,11 +363,17 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     if not Path(args.init).is_file():
         names = ", ".join(INITS)
         raise InputError(f"--init {args.init}: neither {names} nor a weights file")
+    loaded = load_srcnn(args.init)
     try:
-        model.load_state_dict(load_srcnn(args.init).state_dict())
+        model.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
         cure = "fit --filters and --kernel-sizes to the file, and the patches"
         raise InputError(f"--init {args.init}: has other layers; {cure}") from error
+    symmetry_tables(model, args.symmetry)  # changes nothing where the file's weights are symmetric
+    pairs = zip(model.parameters(), loaded.parameters())
+    if not all(torch.allclose(p, given, atol=1e-3) for p, given in pairs):
+        reason = f"its filters are not {args.symmetry} turned copies of each other"
+        raise InputError(f"--init {args.init}: {reason}; add --symmetry 1")
     return model
 
 

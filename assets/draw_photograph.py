@@ -29,6 +29,7 @@ def luma(image: Image.Image) -> np.ndarray:
 
 def main() -> None:
     original = Image.fromarray(data.astronaut()).crop(PART)  # sides divide by 3
+    truth = luma(original)  # before a frame is drawn on it
     small = original.resize([side // SCALE for side in original.size], Image.Resampling.BICUBIC)
     bicubic = small.resize(original.size, Image.Resampling.BICUBIC)
     srcnn = enlarge(small, load_srcnn(ROOT / "weights" / f"srcnn_x{SCALE}.pth"), SCALE)
@@ -40,7 +41,7 @@ def main() -> None:
         [("original", original), ("bicubic", bicubic), ("SRCNN", srcnn)]
     ):
         left = i * (side + MARGIN)
-        score = shaved_psnr(luma(image), luma(original), SCALE)
+        score = shaved_psnr(luma(image), truth, SCALE)
         label = name if image is original else f"{name}, {score:.1f} dB"
         draw.text((left + 2, 1), label, fill="black", font=font)
         magnified = image.crop(CROP).resize((side, side), Image.Resampling.NEAREST)
