@@ -73,6 +73,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
     tables = symmetry_tables(model, args.symmetry)
+    masks = picture_masks(model, args)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
     if bf16 != args.bf16 and rank == 0:
@@ -130,6 +131,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 # The paper's loss, to which its rates for SGD belong, sums over the pixels.
                 (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
                 average_gradients(tables)
+                for p, free in masks:
+                    p.grad *= free
                 for optimizer in optimizers:
                     optimizer.step()
                 if args.ema:  # over a ninth of the steps so far, in long runs less
@@ -223,7 +226,8 @@ def check_finite(counters: Counters, optimizers: list[torch.optim.Optimizer]) ->
 # --- recipe: start, optimizers, schedule ----------------------------------------------------
 
 LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
-ADAM_IN_MUON = 0.1  # Adam's rate for biases and the last layer, as a fraction of Muon's
+ADAM_IN_MUON = 0.1  # Adam's rate for biases, as a fraction of Muon's
+SMALLER = 0.25  # so large are hidden filters where Muon starts, whose steps suit no larger ones
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
 NUM_EPOCHS = 400  # the forks'
 HISTORICAL = {"schedule": "constant", "warmup": 0, "ema": 0.0, "augment": False}
@@ -238,8 +242,8 @@ RECIPES = {
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, made orthogonal: all directions of a layer learn equally fast.
 
-    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks",
-    2024, on the filters as an out x (in * k * k) matrix.
+    Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024, on
+    the filters as an out x (in * k * k) or in x (out * k * k) matrix: as that of more rows.
     """
 
     def __init__(self, params: object, lr: float, momentum: float = 0.95) -> None:
@@ -254,9 +258,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 1 - beta)
-                update = orthogonal(weight.grad.lerp(momentum, beta).flatten(1))
+                rows = 0 if weight.shape[0] >= weight.shape[1] else 1
+                filters = weight.grad.lerp(momentum, beta).transpose(0, rows)
+                update = orthogonal(filters.flatten(1))
                 stretch = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(update.reshape(weight.shape), alpha=-rate * stretch)
+                weight.add_(update.view(filters.shape).transpose(0, rows), alpha=-rate * stretch)
 
 
 def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -277,9 +283,10 @@ def make_optimizers(model: SRCNN, name: str, rate: float) -> list[torch.optim.Op
     """The optimizers of a recipe, at their full learning rates."""
     *hidden, last = model.layers
     if name == "muon":
-        others = [layer.bias for layer in hidden] + list(last.parameters())
-        muon = Muon([layer.weight for layer in hidden], rate)
-        return [muon, torch.optim.Adam(others, rate * ADAM_IN_MUON)]
+        first = {"params": [layer.weight for layer in hidden]}
+        groups = [first, {"params": [last.weight], "lr": rate * LAST_LAYER}]
+        biases = [layer.bias for layer in model.layers]
+        return [Muon(groups, rate), torch.optim.Adam(biases, rate * ADAM_IN_MUON)]
     first = {"params": [p for layer in hidden for p in layer.parameters()]}
     groups = [first, {"params": last.parameters(), "lr": rate * LAST_LAYER}]
     if name == "adam":
@@ -302,6 +309,26 @@ def set_learning_rate(
 def update_average(average: SRCNN, model: SRCNN, weight: float) -> None:
     """Move the running average towards the network's weights, without waiting for a GPU."""
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+
+
+def picture_masks(
+    model: SRCNN, args: argparse.Namespace
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """0 for the filters that hand the picture through in the identity start, 1 for all others.
+
+    Muon's steps are as long for them as for the others, and would spoil the picture: with it
+    they stay as they are, and the network learns what is to be added to the picture.
+    """
+    if args.optimizer != "muon" or args.init in ("gaussian", "default"):
+        return []
+
+    def mask(p: torch.nn.Parameter, axis: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
+        free = torch.ones_like(p)
+        free.narrow(axis, 0, model.num_channels).zero_()
+        return p, free
+
+    *hidden, last = model.layers
+    return [mask(p, 0) for layer in hidden for p in layer.parameters()] + [mask(last.weight, 1)]
 
 
 # Symmetric training: turns of a square (and flips) act on the filters, as in Cohen and Welling,
@@ -358,6 +385,9 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
         model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
     except ValueError as error:
         raise InputError(f"--kernel-sizes, --filters: {error}") from error
+    if args.init == "identity" and args.optimizer == "muon":
+        for layer in model.layers[:-1]:
+            layer.weight.data[num_channels:] *= SMALLER
     if known or args.resume is not None:  # the checkpoint holds what has become of the file
         return model
     if not Path(args.init).is_file():
@@ -379,7 +409,7 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
 
 # --- files: data, checkpoint, weights, TensorBoard ------------------------------------------
 
-VERSION = 1  # of last.pth
+VERSION = 2  # of last.pth
 
 
 def load_data(

@@ -209,7 +209,7 @@ def test_training_starts_from_a_weights_file_and_never_ends_below_it(call, base,
     start = tmp_path / "start.pth"
     (tmp_path / "out/x3/best.pth").rename(start)
     first = float(history(tmp_path / "out/x3")[-1]["psnr"])
-    result = call("train", *base, "--init", start, "--num-epochs", 1, "--lr", 0.5)
+    result = call("train", *base, "--init", start, "--num-epochs", 1, "--lr", 5)
     best, last = (tmp_path / "out/x3" / name for name in ("best.pth", "last.pth"))
     assert result.status == 0
     assert float(history(tmp_path / "out/x3")[-1]["psnr"]) < first - 1  # ruined
