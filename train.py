@@ -319,7 +319,8 @@ def picture_masks(
     Muon's steps are as long for them as for the others, and would spoil the picture: with it
     they stay as they are, and the network learns what is to be added to the picture.
     """
-    if args.optimizer != "muon" or args.init in ("gaussian", "default"):
+    kept = args.optimizer == "muon" and args.init not in ("gaussian", "default")
+    if not kept or min(args.filters) <= model.num_channels:  # none would be left to learn
         return []
 
     def mask(p: torch.nn.Parameter, axis: int) -> tuple[torch.nn.Parameter, torch.Tensor]:

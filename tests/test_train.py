@@ -191,6 +191,39 @@ def test_muons_step_is_nearly_orthogonal(shape):
     assert (result - u @ torch.diag(ours) @ v).norm() < 1e-3 * result.norm()
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 5, 5), (4, 8, 3, 3), (1, 4, 5, 5), (3, 32, 5, 5)])
+def test_muon_moves_every_direction_of_a_layer_equally_far(shape):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape) * torch.logspace(0, -1, 5 if shape[2] == 5 else 3)
+    train.Muon([weight], 0.1).step()
+    ways = weight.detach().reshape(shape[0], -1), weight.detach().movedim(1, 0).flatten(1)
+    values = torch.linalg.svdvals(max(ways, key=len)) / 0.1
+    assert len(values) == max(shape[:2])
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert (weight * weight.grad).sum() < 0  # downhill
+
+
+@pytest.mark.parametrize(("optimizer", "held"), [("muon", True), ("adam", False)])
+def test_muon_learns_what_is_to_be_added_to_the_picture(call, base, tmp_path, optimizer, held):
+    argv = [*base, "--optimizer", optimizer, "--num-epochs", 1]
+    assert call("train", *argv).status == 0
+    model = load_srcnn(tmp_path / "out/x3/last.pth")
+    start = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5))
+    for ours, theirs in zip(model.layers[:-1], start.layers):
+        assert torch.equal(ours.weight[0], theirs.weight[0]) == held
+        assert torch.equal(ours.bias[:1], theirs.bias[:1]) == held
+        assert not torch.equal(ours.weight[1:], theirs.weight[1:])
+    assert torch.equal(model.conv3.weight[0, 0], start.conv3.weight[0, 0]) == held
+    torch.manual_seed(123)
+    start = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5), init="default")  # has no such filters
+    assert call("train", *argv, "--init", "default").status == 0
+    model = load_srcnn(tmp_path / "out/x3/last.pth")
+    moved = zip(model.layers[:-1], start.layers)
+    assert not all(torch.equal(ours.weight[0], theirs.weight[0]) for ours, theirs in moved)
+
+
 def test_bfloat16_is_used_and_a_line_says_where_it_is_not(call, base, tmp_path, monkeypatch):
     best = tmp_path / "out/x3/best.pth"
     call("train", *base)
