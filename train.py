@@ -73,7 +73,6 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
     tables = symmetry_tables(model, args.symmetry)
-    masks = picture_masks(model, args)
     average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
     if bf16 != args.bf16 and rank == 0:
@@ -85,6 +84,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
     elif rank == 0:
         counters.best, _ = evaluate(average, pairs, args.scale, rounding)
+    masks = picture_masks(model) if args.optimizer == "muon" else []
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
@@ -311,21 +311,21 @@ def update_average(average: SRCNN, model: SRCNN, weight: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
-def picture_masks(
-    model: SRCNN, args: argparse.Namespace
-) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """0 for the filters that hand the picture through in the identity start, 1 for all others.
+def picture_masks(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """0 for the filters that hand the picture through, 1 for all others, where there are both.
 
     Muon's steps are as long for them as for the others, and would spoil the picture: with it
-    they stay as they are, and the network learns what is to be added to the picture.
+    they stay as the identity start makes them, and what is to be added to the picture is learned.
     """
-    kept = args.optimizer == "muon" and args.init not in ("gaussian", "default")
-    if not kept or min(args.filters) <= model.num_channels:  # none would be left to learn
+    channels = model.num_channels
+    first = model.layers[0].weight[:channels]
+    handed = torch.equal(first, torch.nn.init.dirac_(torch.empty_like(first)))
+    if not handed or min(layer.out_channels for layer in model.layers[:-1]) <= channels:
         return []
 
     def mask(p: torch.nn.Parameter, axis: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
         free = torch.ones_like(p)
-        free.narrow(axis, 0, model.num_channels).zero_()
+        free.narrow(axis, 0, channels).zero_()
         return p, free
 
     *hidden, last = model.layers
