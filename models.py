@@ -313,24 +313,6 @@ class SelfEnsemble(nn.Module):
 # --- enlarging ------------------------------------------------------------------------------
 
 
-def enlarge_planes(
-    model: nn.Module, lr: np.ndarray, scale: int, back_projection: int, **how: object
-) -> np.ndarray:
-    """Planes, alpha as the last or none, `scale` times as high and wide; float32, 0..255.
-
-    Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
-    three colours go through a network of three channels; `how` it runs is restore's.
-    """
-    learned = model.num_channels
-    convert = learned == 1 and len(lr) >= 3
-    if convert:
-        lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
-    sr = resize(lr, (scale * lr.shape[1], scale * lr.shape[2]))
-    restored = restore(model, sr[:learned], **how)
-    sr[:learned] = back_project(restored, lr[:learned], back_projection)
-    return np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if convert else sr
-
-
 def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
     """Change a restored picture so that reducing it gives the picture that came in.
 
@@ -352,6 +334,9 @@ def enlarge(
 ) -> Image.Image:
     """A picture `scale` times as wide and high: grey stays grey, 16 bits stay 16 bits.
 
+    Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
+    three colours go through a network of three channels.
+
     Args:
         image: of any of Pillow's modes, or what `decode` makes of it.
         model: for luma (1 channel) or for RGB (3), as `load_srcnn` gives it.
@@ -368,12 +353,15 @@ def enlarge(
     if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
         size = f"{scale * width} x {scale * height}"
         raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
-    lr = planes.levels()
-    if model.num_channels not in (1, len(lr)):
+    lr, learned = planes.levels(), model.num_channels
+    if learned not in (1, len(lr)):
         raise InputError("is grey, but these weights are for RGB; take others")
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
+    convert = learned == 1 and len(lr) >= 3
+    if convert:
+        lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
     rows = max(1, band // (scale * scale * width))
     # Rows that a row depends on: the network's view and bicubic's, and four a back-projection.
     view = math.ceil(model.halo / scale) + 2
@@ -382,8 +370,12 @@ def enlarge(
     enlarged = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
-        how = {"tile": tile, "skip": (scale * view * (first > 0), scale * view * (last < height))}
-        sr = enlarge_planes(model, lr[:, first:last], scale, back_projection, **how)
+        skip = scale * view * (first > 0), scale * view * (last < height)
+        part = lr[:, first:last]
+        sr = resize(part, (scale * part.shape[1], scale * width))
+        restored = restore(model, sr[:learned], tile, skip)
+        sr[:learned] = back_project(restored, part[:learned], back_projection)
+        sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if convert else sr
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
         enlarged.paste(planes.to_image(sr), (0, scale * top))
     return enlarged

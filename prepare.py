@@ -147,9 +147,7 @@ class H5Target(io.FileIO):
     It is told that all went well; `check` raises the first error.
     """
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "w+")
-        self.error = None
+    error: OSError | None = None
 
     def write(self, data: memoryview) -> int:
         written = 0
@@ -185,7 +183,7 @@ def write_h5(
         InputError: none, or the file cannot be written.
     """
     count, steps, skipped = 0, set(), []
-    with atomic_path(path) as partial_path, H5Target(partial_path) as target:
+    with atomic_path(path) as partial_path, H5Target(partial_path, "w+") as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
                 added = append(file, pair.ilr, pair.hr)

@@ -215,8 +215,14 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
                     pictures = {"result": read_result(result, path, pair.hr, args)}
-                else:
-                    pictures = restore_pair(model, pair, args)
+                elif channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
+                    where = weights_path(args)
+                    raise InputError(f"has other channels than {where}; take other weights")
+                else:  # by the protocol, and as users get it
+                    sr = restore(model, pair.ilr, args.tile)
+                    pictures = {"srcnn": sr}
+                    if pair.lr is not None:
+                        pictures["enlarged"] = back_project(sr, pair.lr, args.back_projection)
                 rows.append(score(name, pair, {"bicubic": pair.ilr, **pictures}, args.scale))
             if args.save_images:
                 save_comparison(path, args, pair, pictures["srcnn"], rows[-1])
@@ -236,8 +242,8 @@ def known_pairs(
 ) -> list[tuple[str, Pair]]:
     """(name, Pair) of a picture, with its partner of --lr-dir, or of an evaluation file."""
     if path.is_file() and h5py.is_hdf5(path):
-        if args.save_images:
-            raise InputError(f"{path}: --save-images is for pictures; drop it")
+        if args.save_images or args.results is not None:
+            raise InputError(f"{path}: --save-images and --results are for pictures; drop them")
         pairs, _, step = read_eval_pairs(path, args.scale)
         return [(f"{path.name}/{i}", Pair(*pair, None, step)) for i, pair in enumerate(pairs)]
     if partners:
@@ -245,16 +251,6 @@ def known_pairs(
         return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
     levels = read_levels(path, channels, args.range)
     return [(path.name, bicubic_pair(*levels, args.scale))]
-
-
-def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
-    """What the network makes of a pair: by the protocol, and as users get it."""
-    if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
-        raise InputError(f"has other channels than {weights_path(args)}; take other weights")
-    pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
-    if pair.lr is not None:
-        pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)
-    return pictures
 
 
 def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespace) -> np.ndarray:
@@ -310,7 +306,7 @@ def save_comparison(
     path: Path, args: argparse.Namespace, pair: Pair, srcnn: np.ndarray, row: dict
 ) -> None:
     """Write bicubic, SRCNN and a labelled row of original, bicubic and SRCNN."""
-    pictures = [pair.hr, to_8bit(pair.ilr), to_8bit(srcnn)]
+    pictures = [to_8bit(picture) for picture in (pair.hr, pair.ilr, srcnn)]
     rgb = crop_to_multiple(read_levels(path, 3, args.range)[0], args.scale)
     # Colour comes from bicubic; that of a pair is not known, and grey is shown.
     if args.lr_dir is None and pair.hr.ndim == 2 and np.ptp(rgb, axis=0).any():

@@ -84,7 +84,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
     elif rank == 0:
         counters.best, _ = evaluate(average, pairs, args.scale, rounding)
-    masks = picture_masks(model) if args.optimizer == "muon" else []
+    held = picture_filters(model) if args.optimizer == "muon" else []
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
@@ -131,8 +131,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                 # The paper's loss, to which its rates for SGD belong, sums over the pixels.
                 (loss * hr[0].numel() if args.optimizer == "sgd" else loss).backward()
                 average_gradients(tables)
-                for p, free in masks:
-                    p.grad *= free
+                for p, axis in held:
+                    p.grad.narrow(axis, 0, model.num_channels).zero_()
                 for optimizer in optimizers:
                     optimizer.step()
                 if args.ema:  # over a ninth of the steps so far, in long runs less
@@ -198,12 +198,9 @@ def evaluate(
 
     Without pictures -inf and None. `rounding` is the step of to_8bit.
     """
-    first, scores = None, []
-    for ilr, hr in pairs:
-        restored = restore(model, ilr)
-        first = restored if first is None else first
-        scores.append(shaved_psnr(restored, hr, scale, rounding))
-    return (fmean(scores) if scores else -math.inf), first
+    made = [restore(model, ilr) for ilr, _ in pairs]
+    scores = [shaved_psnr(y, hr, scale, rounding) for y, (_, hr) in zip(made, pairs)]
+    return (fmean(scores), made[0]) if pairs else (-math.inf, None)
 
 
 def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
@@ -271,12 +268,11 @@ def orthogonal(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     The quintic's coefficients are Jordan's, chosen for speed: five steps bring singular
     values above 0.003 of the norm to between 0.68 and 1.21, not to exactly 1.
     """
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    x = matrix / (matrix.norm() + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide is matrix else x.T
+    return x
 
 
 def make_optimizers(model: SRCNN, name: str, rate: float) -> list[torch.optim.Optimizer]:
@@ -311,11 +307,12 @@ def update_average(average: SRCNN, model: SRCNN, weight: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
 
 
-def picture_masks(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """0 for the filters that hand the picture through, 1 for all others, where there are both.
+def picture_filters(model: SRCNN) -> list[tuple[torch.nn.Parameter, int]]:
+    """Where the filters lie that hand the picture through: first along these axes of parameters.
 
     Muon's steps are as long for them as for the others, and would spoil the picture: with it
     they stay as the identity start makes them, and what is to be added to the picture is learned.
+    No places where a network has no such filters, or no others.
     """
     channels = model.num_channels
     first = model.layers[0].weight[:channels]
@@ -323,13 +320,8 @@ def picture_masks(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]
     if not handed or min(layer.out_channels for layer in model.layers[:-1]) <= channels:
         return []
 
-    def mask(p: torch.nn.Parameter, axis: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
-        free = torch.ones_like(p)
-        free.narrow(axis, 0, channels).zero_()
-        return p, free
-
     *hidden, last = model.layers
-    return [mask(p, 0) for layer in hidden for p in layer.parameters()] + [mask(last.weight, 1)]
+    return [(p, 0) for layer in hidden for p in layer.parameters()] + [(last.weight, 1)]
 
 
 # Symmetric training: turns of a square (and flips) act on the filters, as in Cohen and Welling,

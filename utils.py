@@ -81,10 +81,7 @@ def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         ValueError: a side that is neither multiple nor divisor.
     """
     if planes.ndim == 3:
-        resized = np.empty((len(planes), *size), np.float32)
-        for target, plane in zip(resized, planes):
-            target[:] = resize(plane, size)
-        return resized
+        return np.stack([resize(plane, size) for plane in planes])
     margins = []  # (before, after) resizing, rows and columns
     for old, new in zip(planes.shape, size):
         if new < 1 or (old % new and new % old):

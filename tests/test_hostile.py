@@ -414,6 +414,7 @@ bad.zip: prepare --download new --archive bad.zip
 empty: test --image-file ''
 empty: test --image-file in/a.png --eval --lr-dir ''
 empty: test --image-file in/a.png --eval --results ''
+eval.h5: test --image-file eval.h5 --eval --scale 3 --results in
 --csv: test --image-file in/a.png --eval --csv ''
 --save-images: test --image-file in/a.png --eval --save-images ''
 --output: test --image-file in/a.png --output ''
