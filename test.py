@@ -215,14 +215,8 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
                     pictures = {"result": read_result(result, path, pair.hr, args)}
-                elif channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
-                    where = weights_path(args)
-                    raise InputError(f"has other channels than {where}; take other weights")
-                else:  # by the protocol, and as users get it
-                    sr = restore(model, pair.ilr, args.tile)
-                    pictures = {"srcnn": sr}
-                    if pair.lr is not None:
-                        pictures["enlarged"] = back_project(sr, pair.lr, args.back_projection)
+                else:
+                    pictures = restore_pair(model, pair, args)
                 rows.append(score(name, pair, {"bicubic": pair.ilr, **pictures}, args.scale))
             if args.save_images:
                 save_comparison(path, args, pair, pictures["srcnn"], rows[-1])
@@ -251,6 +245,16 @@ def known_pairs(
         return [(path.name, read_pair(path, partner, args.scale, channels, args.range))]
     levels = read_levels(path, channels, args.range)
     return [(path.name, bicubic_pair(*levels, args.scale))]
+
+
+def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
+    """What the network makes of a pair: by the protocol, and as users get it."""
+    if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
+        raise InputError(f"has other channels than {weights_path(args)}; take other weights")
+    pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
+    if pair.lr is not None:
+        pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)
+    return pictures
 
 
 def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespace) -> np.ndarray:

@@ -319,7 +319,6 @@ def picture_filters(model: SRCNN) -> list[tuple[torch.nn.Parameter, int]]:
     handed = torch.equal(first, torch.nn.init.dirac_(torch.empty_like(first)))
     if not handed or min(layer.out_channels for layer in model.layers[:-1]) <= channels:
         return []
-
     *hidden, last = model.layers
     return [(p, 0) for layer in hidden for p in layer.parameters()] + [(last.weight, 1)]
 
