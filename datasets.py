@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, available_memory, ignore_signals, reading
+from utils import InputError, Pair, available_memory, ignore_signals, reading
 
 # Of the free memory that patches may fill: on a CPU the network works in the same memory and
 # every process keeps patches of its own; on a GPU half is enough for the activations.
 CPU_MEMORY, CUDA_MEMORY = 1 / 8, 1 / 2
-BLOCK = 64 << 20  # bytes that are read at once where a whole file is loaded
 CURE = "make it anew with prepare.py"
 
 
@@ -40,67 +39,61 @@ def check_train_file(path: str | Path, scale: int | None, halo: int) -> tuple[tu
         InputError: no such file, or not what train.py can use.
     """
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Dataset, scale)
+        attributes = check_layout(file, h5py.Dataset, scale)
         ilr, hr = file["lr"].shape, file["hr"].shape
-    if ilr != hr:
-        raise InputError(f"{path}: 'lr' is {ilr} and 'hr' {hr}, must be equal; {CURE}")
-    if len(ilr) not in (3, 4) or ilr[-1] != ilr[-2]:
-        raise InputError(f"{path}: 'lr' is {ilr}, not N x P x P; {CURE}")
-    if not ilr[0]:
-        raise InputError(f"{path}: holds no patch; {CURE} from larger pictures")
-    if ilr[-1] < 2 * halo + 1:
-        cure = f"this network needs --patch-size {2 * halo + 1} or more"
-        raise InputError(f"{path}: {ilr[-1]}-pixel patches; {cure}")
+        if ilr != hr or len(ilr) not in (3, 4) or ilr[-1] != ilr[-2]:
+            raise InputError(f"'lr' is {ilr} and 'hr' {hr}, not both the same N x P x P; {CURE}")
+        if not ilr[0]:
+            raise InputError(f"holds no patch; {CURE} from larger pictures")
+        if ilr[-1] < 2 * halo + 1:
+            cure = f"this network needs --patch-size {2 * halo + 1} or more"
+            raise InputError(f"{ilr[-1]}-pixel patches; {cure}")
     return (ilr if len(ilr) == 4 else (ilr[0], 1, *ilr[1:])), attributes
 
 
-def read_eval_pairs(
-    path: str | Path, scale: int | None = None
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], dict, float]:
+def read_eval_pairs(path: str | Path, scale: int | None = None) -> tuple[list[Pair], dict]:
     """Check and read an evaluation file.
 
     Returns:
-        All (ilr, hr) pictures, float32 in 0..255, the file's attributes, as text, and what
-        the pictures' source rounds to, see utils.to_8bit.
+        All pictures, and the file's attributes, as text.
 
     Raises:
         InputError: no such file, or not what can be evaluated.
     """
     pairs = []
     with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
-        attributes = check_layout(path, file, h5py.Group, scale)
+        attributes = check_layout(file, h5py.Group, scale)
+        step = float(attributes.get("rounding", 1.0))  # the forks' pictures have 8 bits
         if not len(file["lr"]) or set(file["lr"]) != set(file["hr"]):
             counts = f"'lr' holds {len(file['lr'])} pictures and 'hr' {len(file['hr'])}"
-            raise InputError(f"{path}: {counts}; {CURE}")
+            raise InputError(f"{counts}; {CURE}")
         for name in sorted(file["lr"], key=lambda name: (len(name), name)):
-            ilr, hr = (read_rows(path, file[key][name], ...) for key in ("lr", "hr"))
+            ilr, hr = (read_rows(file[key][name], ...) for key in ("lr", "hr"))
             if ilr.shape != hr.shape or ilr.ndim not in (2, 3):
-                reason = f"picture {name!r} differs in shape between 'lr' and 'hr'"
-                raise InputError(f"{path}: {reason}; {CURE}")
-            pairs.append((ilr, hr))
-    return pairs, attributes, float(attributes.get("rounding", 1.0))  # the forks' have 8 bits
+                raise InputError(f"picture {name!r} differs in shape between 'lr' and 'hr'; {CURE}")
+            pairs.append(Pair(ilr, hr, step=step))
+    return pairs, attributes
 
 
-def check_layout(path: str | Path, file: h5py.File, kind: type, scale: int | None) -> dict:
+def check_layout(file: h5py.File, kind: type, scale: int | None) -> dict:
     """Check that `lr` and `hr` are of this kind and made for this scale; the attributes."""
     for name in ("lr", "hr"):
         if name not in file:
-            raise InputError(f"{path}: holds no {name!r}; {CURE}")
+            raise InputError(f"holds no {name!r}; {CURE}")
         if not isinstance(file[name], kind):
             use, flag = ("training", "without") if kind is h5py.Dataset else ("evaluation", "with")
-            raise InputError(f"{path}: is no {use} file; {CURE}, {flag} --eval")
+            raise InputError(f"is no {use} file; {CURE}, {flag} --eval")
     made_for = file.attrs.get("scale", scale)  # the forks' files do not say
     if scale is not None and made_for != scale:
-        difference = f"was made for --scale {made_for}, not {scale}"
-        raise InputError(f"{path}: {difference}; change --scale or the file")
+        raise InputError(f"was made for --scale {made_for}, not {scale}; change one of them")
     return {name: str(value) for name, value in file.attrs.items()}
 
 
-def read_rows(path: str | Path, dataset: h5py.Dataset, rows: object) -> np.ndarray:
+def read_rows(dataset: h5py.Dataset, rows: object) -> np.ndarray:
     """Rows of a dataset as float32, checked to be finite."""
     values = np.asarray(dataset[rows], np.float32)
     if not np.isfinite(values).all():
-        raise InputError(f"{path}: {dataset.name[1:]!r} holds NaN or infinity; {CURE}")
+        raise InputError(f"{dataset.name[1:]!r} holds NaN or infinity; {CURE}")
     return values
 
 
@@ -112,8 +105,8 @@ class H5Patches(Dataset):
 
     def __init__(self, paths: Sequence[str | Path], scale: int | None, halo: int) -> None:
         self.paths = list(paths)
-        shapes, attributes = zip(*(check_train_file(path, scale, halo) for path in self.paths))
-        for path, shape in zip(self.paths, shapes):
+        shapes, attributes = zip(*(check_train_file(path, scale, halo) for path in paths))
+        for path, shape in zip(paths, shapes):
             if shape[1:] != shapes[0][1:]:
                 reason = f"patches are {shape[1:]}, those of {paths[0]} {shapes[0][1:]}"
                 raise InputError(f"{path}: {reason}; use one kind")
@@ -128,26 +121,26 @@ class H5Patches(Dataset):
         # An open h5 file does not survive the way to another process.
         return self.__dict__ | {"files": None}
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self) -> Iterator[torch.Tensor]:
+        """All of ilr, then all of hr: len(self) x C x P x P."""
+        for name in ("lr", "hr"):
+            parts = []
+            for path in self.paths:
+                with reading(path, "h5 file", CURE), h5py.File(path, "r") as file:
+                    parts.append(read_rows(file[name], ...).reshape(-1, *self.patch_shape))
+            yield torch.from_numpy(np.concatenate(parts))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """(ilr, hr) of these patches, in this order, each len(indices) x C x P x P."""
-        indices = np.asarray(indices)
-        pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
         self.files = self.files or [None] * len(self.paths)
-        for i, path in enumerate(self.paths):
-            start, stop = self.starts[i : i + 2]
-            (places,) = np.nonzero((indices >= start) & (indices < stop))
-            if not len(places):
-                continue
-            # h5py takes rising rows only, and a run of them faster as a slice.
-            rows, inverse = np.unique(indices[places] - start, return_inverse=True)
-            if rows[-1] - rows[0] + 1 == len(rows):
-                rows = slice(rows[0], rows[-1] + 1)
-            with reading(path, "h5 file", CURE):
-                self.files[i] = self.files[i] or h5py.File(path, "r")
+        pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
+        for i, index in enumerate(indices):
+            k = np.searchsorted(self.starts, index, "right") - 1
+            with reading(self.paths[k], "h5 file", CURE):
+                self.files[k] = self.files[k] or h5py.File(self.paths[k], "r")
                 for target, name in zip(pair, ("lr", "hr")):
-                    values = read_rows(path, self.files[i][name], rows)
-                    target[places] = values.reshape(-1, *self.patch_shape)[inverse]
-        return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+                    target[i] = read_rows(self.files[k][name], int(index - self.starts[k]))
+        return [torch.from_numpy(planes) for planes in pair]
 
 
 class Batches:
@@ -192,22 +185,11 @@ class Batches:
             stream = 2 * 4 * len(patches) * math.prod(patches.patch_shape) > room
         self.stream = stream
         self.table = symmetries(patches.patch_shape[-1]).to(device)
-        self.resident = None if self.stream else self._load()
+        self.resident = None if stream else [planes.to(device) for planes in patches.load()]
 
     def __len__(self) -> int:
         """Batches in an epoch; what does not fill a last one is left out of it."""
         return len(self.patches) // self.batch_size
-
-    def _load(self) -> list[torch.Tensor]:
-        """Read everything, block by block, to the device."""
-        shape = len(self.patches), *self.patches.patch_shape
-        resident = [torch.empty(shape, device=self.device) for _ in range(2)]
-        step = max(1, BLOCK // (4 * math.prod(shape[1:])))
-        for start in range(0, shape[0], step):
-            stop = min(start + step, shape[0])
-            for target, block in zip(resident, self.patches.__getitems__(range(start, stop))):
-                target[start:stop] = block
-        return resident
 
     def epoch(self, number: int, first: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's batches of an epoch, from the `first` on.

@@ -120,14 +120,13 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
         InputError: no such file, truncated, no SRCNN, not finite, or holding anything
             but tensors and plain values.
     """
-    cure = "name weights of SRCNN, or make them with train.py"
-    with reading(path, "weights file", cure), warnings.catch_warnings():
+    kind, cure = "weights file of SRCNN: conv1.weight, conv1.bias, ...", "make one with train.py"
+    with reading(path, kind, cure), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an error will say it in one line
         state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("average", "model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    try:
+        for key in ("average", "model", "state_dict"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
         # Weights saved from DataParallel carry a prefix.
         state = {re.sub(r"^module\.", "", name): w for name, w in state.items()}
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
@@ -139,11 +138,8 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
             kernel_sizes=[w.shape[2] for w in weights],
         )
         model.load_state_dict(state)
-    except Exception as error:  # as many kinds as there are ways to be something else
-        fit = "expected are conv1.weight, conv1.bias, ... that fit together"
-        raise InputError(f"{path}: no SRCNN weights; {fit}") from error
-    if not all(value.isfinite().all() for value in state.values()):
-        raise InputError(f"{path}: holds NaN or infinity; take another file")
+        if not all(value.isfinite().all() for value in state.values()):
+            raise InputError("holds NaN or infinity; take another file")
     return model.to(device)
 
 
@@ -227,49 +223,44 @@ def restore(
 
     Args:
         ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
-        tile: output pixels a side; None picks what is fast on the network's device.
-        skip: rows at the top and at the bottom that nobody needs: they stay as they are.
+        tile: output pixels a side at most; None picks what is fast on the network's device.
+        skip: rows at the top and at the bottom that nobody needs, and that may stay as they are.
 
     Returns:
         The restored picture, float32, same shape, neither rounded nor clipped.
 
     Raises:
-        InputError: the weights make values that are not finite.
+        InputError: another number of channels, or weights that make values that are not finite.
     """
     halo, parameter = model.halo, next(model.parameters())
     planes = ilr if ilr.ndim == 3 else ilr[None]
+    if len(planes) != model.num_channels:
+        weights = f"these weights are for {model.num_channels}"
+        raise InputError(f"has {len(planes)} channels, {weights}; take others")
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
     restored = planes.copy()
+    threads = torch.get_num_threads()
+    side, workers = (TILE, threads) if parameter.device.type == "cpu" else (ACCELERATOR_TILE, 1)
+    first, last, columns = skip[0], planes.shape[1] - skip[1], planes.shape[2]
+    sides = last - first, columns
+    height, width = (math.ceil(n / math.ceil(n / (tile or side))) for n in sides)  # equal tiles
 
     @torch.inference_mode()
-    def restore_tile(top: int, bottom: int, left: int, right: int) -> None:
-        top, bottom = top + skip[0], bottom + skip[0]
-        patch = padded[:, top : bottom + 2 * halo, left : right + 2 * halo]
+    def restore_tile(corner: tuple[int, int]) -> None:
+        top, left = corner
+        patch = padded[:, top : top + height + 2 * halo, left : left + width + 2 * halo]
         x = torch.from_numpy(np.ascontiguousarray(patch))[None]
         x = (x.to(parameter.device) / 255).to(parameter.dtype)
         y = model(x.contiguous(memory_format=torch.channels_last), valid=True)[0]
-        restored[:, top:bottom, left:right] = (y.float() * 255).cpu().numpy()
+        restored[:, top : top + height, left : left + width] = (y.float() * 255).cpu().numpy()
 
-    threads = torch.get_num_threads()
-    side, workers = (TILE, threads) if parameter.device.type == "cpu" else (ACCELERATOR_TILE, 1)
-    jobs = tiles(planes.shape[1] - sum(skip), planes.shape[2], tile or side)
+    corners = itertools.product(range(first, last, height), range(0, columns, width))
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(restore_tile, *zip(*jobs)))
+        list(pool.map(restore_tile, corners))
     torch.set_num_threads(threads)  # parts of what the pool set hold for all
     if not np.isfinite(restored).all():
         raise InputError("--weights-file: their output is not finite; take other weights")
     return restored.reshape(ilr.shape)
-
-
-def tiles(height: int, width: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Equal rectangles (top, bottom, left, right) of `side` pixels at most."""
-
-    def cuts(length: int) -> list[int]:
-        count = math.ceil(length / side)
-        return [length * i // count for i in range(count + 1)]
-
-    rows, columns = (list(itertools.pairwise(cuts(length))) for length in (height, width))
-    return [(*row, *column) for row in rows for column in columns]
 
 
 def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -353,9 +344,8 @@ def enlarge(
     if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
         size = f"{scale * width} x {scale * height}"
         raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
-    lr, learned = planes.levels(), model.num_channels
-    if learned not in (1, len(lr)):
-        raise InputError("is grey, but these weights are for RGB; take others")
+    lr = planes.levels()
+    learned = 1 if model.num_channels == 1 else len(lr)  # planes that go through the network
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])

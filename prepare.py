@@ -51,7 +51,7 @@ def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
     """What the forks do: resize instead of crop, 8-bit RGB, luma not rounded."""
     small = image.width // scale, image.height // scale
     if not min(small):
-        return Pair(np.empty((0, 0)), np.empty((0, 0)), None, 1.0)
+        return Pair(np.empty((0, 0)), np.empty((0, 0)))
     large = small[0] * scale, small[1] * scale
     hr = image.convert("RGB").resize(large, Image.Resampling.BICUBIC)
     lr = hr.resize(small, Image.Resampling.BICUBIC)
@@ -59,7 +59,7 @@ def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
     ilr, hr = (np.asarray(rgb, np.float32).transpose(2, 0, 1) for rgb in (ilr, hr))
     if num_channels == 1:
         ilr, hr = rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0]
-    return Pair(ilr, hr, None, 1.0)
+    return Pair(ilr, hr)
 
 
 def make_pairs(
@@ -209,25 +209,25 @@ def write_h5(
 # --- download -------------------------------------------------------------------------------
 
 
-def read_manifest(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file's content, by name (a file of `sha256sum`)."""
-    pairs = (line.split(maxsplit=1) for line in path.read_text().splitlines())
-    return {name: digest for digest, name in pairs}
+def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
+    """The part of the manifest, a file of `sha256sum`, that `folder` does not hold, or holds
+    damaged: the SHA-256 of each file's content, by name."""
+    wanted = {}
+    for line in manifest.read_text().splitlines():
+        digest, name = line.split(maxsplit=1)
+        path = folder / name
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            wanted[name] = digest
+    return wanted
 
 
-def missing_files(folder: Path, manifest: dict[str, str]) -> dict[str, str]:
-    """The part of the manifest that `folder` does not hold, or holds damaged."""
-    held = {name: folder / name for name in manifest if (folder / name).is_file()}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in held.items()}
-    return {name: digest for name, digest in manifest.items() if digests.get(name) != digest}
-
-
-def extract(archive: io.IOBase | str, folder: Path, wanted: dict[str, str]) -> None:
-    """Write the wanted files of a zip archive to where the manifest puts them.
+def extract(archive: io.IOBase | str, folder: Path, manifest: Path) -> None:
+    """Write the missing files, which a zip archive holds, to where the manifest puts them.
 
     They are found by content: the archive's own names, which might lead out of
     `folder`, are never used. What is no zip archive, or a corrupt one, raises many kinds.
     """
+    wanted = missing_files(folder, manifest)
     with zipfile.ZipFile(archive) as opened:
         for entry in opened.infolist():
             if entry.file_size > LARGEST:
@@ -252,13 +252,11 @@ def download(
     Raises:
         InputError: files are still missing afterwards.
     """
-    wanted = missing_files(folder, read_manifest(manifest))
     if archive:
         with reading(archive, "file in zip format", "pass --archive FILE.zip"):
-            extract(archive, folder, wanted)
-        wanted = missing_files(folder, wanted)
+            extract(archive, folder, manifest)
     for url in [] if archive else sources:
-        if not wanted:
+        if not missing_files(folder, manifest):
             break
         bar = {"desc": url.rpartition("/")[2], "disable": None}
         try:
@@ -270,11 +268,10 @@ def download(
                 shutil.copyfileobj(body, file)
                 if response.length:
                     raise OSError(f"broke off, {response.length:,} bytes are missing")
-                extract(file, folder, wanted)
+                extract(file, folder, manifest)
         except Exception as error:  # no connection, one that broke off, a damaged archive
             print(f"{url}: {error}; trying the next source", file=sys.stderr)
-        wanted = missing_files(folder, wanted)
-    if wanted:
+    if wanted := missing_files(folder, manifest):
         names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)
         cure = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
         missing = f"{len(wanted)} files are missing ({names})"

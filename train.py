@@ -37,7 +37,7 @@ from tqdm import tqdm
 from datasets import Batches, H5Patches, read_eval_pairs, symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, exit_by_signal, number, on_stop_signals, run
-from utils import expand, reading, shaved_psnr, to_8bit, write_csv, write_whole
+from utils import Pair, expand, reading, shaved_psnr, to_8bit, write_csv, write_whole
 
 if dist.is_available():
     # Imported after the process group is made, as an optimizer would do it, its functions'
@@ -61,29 +61,31 @@ class Counters:
     history: list = field(default_factory=list)  # a dict per epoch, of COLUMNS
 
 
-def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | None) -> int:
+def train(
+    args: argparse.Namespace, folder: Path, device: torch.device, checkpoint: dict | None
+) -> int:
     """A run, from its h5 files to best.pth; returns 0, or 128 + the signal that stopped it.
 
     Order and flips of the patches follow from seed and epoch: no random state is to be kept.
     """
     distributed = "RANK" in os.environ
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    batches, pairs, rounding, data = load_data(args, device, rank, world_size)
+    batches, pairs, data = load_data(args, device, rank, world_size)
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
     tables = symmetry_tables(model, args.symmetry)
-    average = copy.deepcopy(model) if args.ema else model  # what is evaluated and kept
+    average = copy.deepcopy(model)  # what is evaluated and kept
     bf16 = args.bf16 if has_bf16(device) else 0.0
     if bf16 != args.bf16 and rank == 0:
         print("--bf16: this device has no instructions for it; float32 is used", flush=True)
     optimizers = make_optimizers(model, args.optimizer, args.lr)
     counters, best = Counters(), weights_of(model)
-    folder = run_folder(args)
+    models = {"model": model, "average": average}
     if checkpoint:
-        counters, best = load_run(args.resume, checkpoint, data, model, average, optimizers)
+        counters, best = load_run(args, checkpoint, data, models, optimizers)
     elif rank == 0:
-        counters.best, _ = evaluate(average, pairs, args.scale, rounding)
+        counters.best, _ = evaluate(average, pairs, args.scale)
     held = picture_filters(model) if args.optimizer == "muon" else []
     network = DistributedDataParallel(model) if distributed else model
 
@@ -93,24 +95,25 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
         if rank == 0:
             state = {"version": VERSION, "args": vars(args), "counters": asdict(counters)}
             state |= {"data": data, "ran": {"bf16": bool(bf16), "world_size": world_size}}
-            state |= {"model": model.state_dict(), "best": best}
-            state["average"] = average.state_dict() if args.ema else None
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            state |= {name: m.state_dict() for name, m in models.items()}
+            state |= {"best": best, "optimizers": [o.state_dict() for o in optimizers]}
             write_whole(folder / "last.pth", to_bytes(state))
-            write_results(folder, state)
+            write_whole(folder / "best.pth", to_bytes(best))
+            if counters.history:
+                write_csv(folder / "history.csv", COLUMNS, counters.history)
 
     against = "no --eval-file: the last weights are kept"
     if rank == 0:
         if checkpoint:
             where = f"epoch {counters.epoch}, step {counters.step}"
             print(f"{args.resume}: going on in {where}", flush=True)
-            write_results(folder, checkpoint)
+            save()
         else:
             with moved_aside(folder):
                 save()
         where = "streamed" if batches.stream else f"on {device}"
         if pairs:
-            scores = (shaved_psnr(ilr, hr, args.scale, rounding) for ilr, hr in pairs)
+            scores = (shaved_psnr(p.ilr, p.hr, args.scale, p.step) for p in pairs)
             against = f"bicubic has {fmean(scores):.2f} dB"
         print(f"{len(batches.patches)} patches {where}; {against}", flush=True)
     board = open_board(folder) if args.tensorboard and rank == 0 else None
@@ -135,8 +138,8 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
                     p.grad.narrow(axis, 0, model.num_channels).zero_()
                 for optimizer in optimizers:
                     optimizer.step()
-                if args.ema:  # over a ninth of the steps so far, in long runs less
-                    update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
+                # Over a ninth of the steps so far, in long runs less.
+                update_average(average, model, max(1 - args.ema, 9 / (9 + counters.steps)))
                 loss_sum += loss.detach()
                 counters.step, counters.steps = counters.step + 1, counters.steps + 1
                 if counters.steps % CHECK_EVERY == 0:  # a GPU is waited for
@@ -166,7 +169,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             return 128 + received[0]
         check_finite(counters, optimizers)
         if rank == 0:
-            score, picture = evaluate(average, pairs, args.scale, rounding)
+            score, picture = evaluate(average, pairs, args.scale)
             counters.seconds = time.perf_counter() - started
             rate, loss = optimizers[0].param_groups[0]["lr"], counters.loss_sum / counters.step
             psnr = score if pairs else None
@@ -177,7 +180,7 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
             if args.save_every and counters.epoch % args.save_every == 0:
                 write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
             if board:
-                add_to_board(board, pairs[:1], picture, row)
+                add_to_board(board, pairs, picture, row)
             text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
             text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
             print(text.format(**row), flush=True)
@@ -191,15 +194,13 @@ def train(args: argparse.Namespace, device: torch.device, checkpoint: dict | Non
     return 0
 
 
-def evaluate(
-    model: SRCNN, pairs: list, scale: int, rounding: float = 1.0
-) -> tuple[float, np.ndarray | None]:
-    """Mean PSNR in dB of (ilr, hr) pictures, by the paper's protocol; the first, restored.
+def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> tuple[float, np.ndarray | None]:
+    """Mean PSNR in dB by the paper's protocol, and the first picture, restored.
 
-    Without pictures -inf and None. `rounding` is the step of to_8bit.
+    Without pictures -inf and None.
     """
-    made = [restore(model, ilr) for ilr, _ in pairs]
-    scores = [shaved_psnr(y, hr, scale, rounding) for y, (_, hr) in zip(made, pairs)]
+    made = [restore(model, pair.ilr) for pair in pairs]
+    scores = [shaved_psnr(y, pair.hr, scale, pair.step) for y, pair in zip(made, pairs)]
     return (fmean(scores), made[0]) if pairs else (-math.inf, None)
 
 
@@ -406,37 +407,30 @@ VERSION = 2  # of last.pth
 
 def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
-) -> tuple[Batches, list, float, dict]:
-    """Batches, read_eval_pairs' pairs and rounding, and what both files say of themselves."""
+) -> tuple[Batches, list[Pair], dict]:
+    """Batches, pairs to evaluate on, and what both files say of themselves."""
     if args.batch_size % world_size:
         raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand(args.train_file), args.scale, halo)
-    pairs, attributes, rounding = [], {}, 1.0
+    pairs, attributes = [], {}
     if args.eval_file is not None:
-        pairs, attributes, rounding = read_eval_pairs(args.eval_file, args.scale)
+        pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
     if len(patches) < world_size:
         raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
     channels = patches.patch_shape[0]
-    if any((1 if hr.ndim == 2 else len(hr)) != channels for _, hr in pairs):
+    if any((1 if p.hr.ndim == 2 else len(p.hr)) != channels for p in pairs):
         raise InputError(f"{args.eval_file}: has other channels than --train-file")
-    if any(min(hr.shape[-2:]) <= 2 * args.scale for _, hr in pairs):
+    if any(min(p.hr.shape[-2:]) <= 2 * args.scale for p in pairs):
         raise InputError(f"{args.eval_file}: holds a picture too small to measure")
     flow = {"num_workers": args.num_workers, "stream": args.stream}
     flow |= {"augment": args.augment, "crop": halo, "rank": rank, "world_size": world_size}
     batches = Batches(patches, args.batch_size, args.seed, device, **flow)
     data = {
         "train": {"shape": [len(patches), *patches.patch_shape], **patches.attributes},
-        "eval": {"shape": [list(hr.shape) for _, hr in pairs], **attributes},
+        "eval": {"shape": [list(p.hr.shape) for p in pairs], **attributes},
     }
-    return batches, pairs, rounding, data
-
-
-def run_folder(args: argparse.Namespace) -> Path:
-    """Where a run writes: outputs-dir/xS; a resumed run where its checkpoint lies."""
-    if args.outputs_dir is None:
-        return Path(args.resume).parent
-    return Path(args.outputs_dir, f"x{args.scale}")
+    return batches, pairs, data
 
 
 @contextmanager
@@ -460,13 +454,6 @@ def moved_aside(folder: Path) -> Iterator[None]:
         aside.rename(folder)
         raise
     print(f"{folder}: held an older run, which is now {aside}", flush=True)
-
-
-def write_results(folder: Path, state: dict) -> None:
-    """Write what last.pth's content holds of the other files."""
-    write_whole(folder / "best.pth", to_bytes(state["best"]))
-    if state["counters"]["history"]:
-        write_csv(folder / "history.csv", COLUMNS, state["counters"]["history"])
 
 
 def to_bytes(content: dict) -> bytes:
@@ -494,9 +481,6 @@ def load_checkpoint(path: Path, defaults: dict) -> dict:
         if saved.get("optimizer", "adam") not in LEARNING_RATES:
             raise ValueError("another optimizer")
         check_types(checkpoint["counters"], asdict(Counters()) | {"history": [{}]})
-        # Fails where a length is no number.
-        planned(argparse.Namespace(**defaults | saved), Counters(**checkpoint["counters"]), 1)
-        check_types(checkpoint["data"], {"train": {}, "eval": {}})
     return checkpoint
 
 
@@ -517,24 +501,24 @@ def check_types(values: dict, examples: dict) -> None:
 
 
 def load_run(
-    path: str, checkpoint: dict, data: dict, model: SRCNN, average: SRCNN, optimizers: list
+    args: argparse.Namespace, checkpoint: dict, data: dict, models: dict, optimizers: list
 ) -> tuple[Counters, dict]:
     """Put a checkpoint's state where it belongs; returns counters and the best weights."""
-    for name in ("train", "eval"):
-        if checkpoint["data"].get(name) != data[name]:
-            difference = "is not the file that the run began with: shapes or attributes differ"
-            raise InputError(f"--{name}-file: {difference}; name that one")
-    with reading(path, "checkpoint", "its parts do not fit together; train anew"):
-        for state in checkpoint["best"], checkpoint["model"]:
-            model.load_state_dict(state)
-        if average is not model:
-            average.load_state_dict(checkpoint["average"])
+    with reading(args.resume, "checkpoint", "its parts do not fit together; train anew"):
+        for name in ("train", "eval"):
+            if checkpoint["data"].get(name) != data[name]:
+                difference = "is not the file that the run began with: shapes or attributes differ"
+                raise InputError(f"--{name}-file: {difference}; name that one")
+        for name, model in models.items():
+            for state in checkpoint["best"], checkpoint[name]:
+                model.load_state_dict(state)
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for p, entry in optimizer.state.items():
                 if any(value.dim() and value.shape != p.shape for value in entry.values()):
                     raise ValueError("state of another network")
         counters, best = Counters(**checkpoint["counters"]), checkpoint["best"]
+        planned(args, counters, 1)  # fails where a length is no number
         if any(tuple(row) != COLUMNS for row in counters.history):
             raise ValueError("another history")
     return counters, best
@@ -550,11 +534,12 @@ def open_board(folder: Path) -> object:
     return SummaryWriter(folder / "tensorboard")
 
 
-def add_to_board(board: object, pairs: list, restored: np.ndarray | None, row: dict) -> None:
+def add_to_board(board: object, pairs: list[Pair], restored: np.ndarray | None, row: dict) -> None:
     """An epoch's row, and the first picture, if there is one, as bicubic | SRCNN | original."""
-    for ilr, hr in pairs:
-        side_by_side = np.concatenate([to_8bit(ilr), to_8bit(restored), hr], axis=-1) / 255
-        layout = "HW" if hr.ndim == 2 else "CHW"
+    for pair in pairs[:1]:
+        shown = to_8bit(pair.ilr), to_8bit(restored), pair.hr
+        side_by_side = np.concatenate(shown, axis=-1) / 255
+        layout = "HW" if pair.hr.ndim == 2 else "CHW"
         board.add_image("bicubic, SRCNN, original", side_by_side, row["epoch"], dataformats=layout)
     for name in COLUMNS[1:]:
         if row[name] is not None:
@@ -682,7 +667,9 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     if args.train_file is None:
         raise InputError("--train-file: is needed; make one with prepare.py")
     args.lr = LEARNING_RATES[args.optimizer] if args.lr is None else args.lr
-    folder = run_folder(args)
+    folder = Path(args.resume or "").parent  # a resumed run goes on where its checkpoint lies
+    if args.outputs_dir is not None:
+        folder = Path(args.outputs_dir, f"x{args.scale}")
     files = expand(args.train_file + [args.eval_file] * (args.eval_file is not None))
     inside = os.path.join(os.path.realpath(folder), "")
     if not checkpoint and any(os.path.realpath(path).startswith(inside) for path in files):
@@ -700,7 +687,7 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
         except Exception as error:
             cure = "start several processes with torchrun, one without these variables"
             raise InputError(f"RANK, WORLD_SIZE, MASTER_ADDR: make no group; {cure}") from error
-    status = train(args, device, checkpoint)
+    status = train(args, folder, device, checkpoint)
     if "RANK" in os.environ:
         dist.barrier()  # meanwhile gloo's threads let go of tensors, for which they need the GIL
         dist.destroy_process_group()

@@ -123,10 +123,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, peak 255.
 
     Raises:
-        ValueError: a side shorter than the window's 11 pixels.
+        InputError: a side shorter than the window's 11 pixels.
     """
     if min(a.shape[-2:]) < 11:
-        raise ValueError("SSIM needs pictures of at least 11 x 11 pixels")
+        raise InputError("too small to measure; needs 11 pixels within the border")
     a, b = a.astype(np.float64), b.astype(np.float64)
     mean_a, mean_b = _gaussian(a), _gaussian(b)
     var_a, var_b = _gaussian(a * a) - mean_a**2, _gaussian(b * b) - mean_b**2
@@ -153,6 +153,17 @@ class InputError(Exception):
 
 
 @contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Put a file's name before an error that does not tell it."""
+    try:
+        yield
+    except InputError as error:
+        if str(path) in str(error):
+            raise
+        raise InputError(f"{path}: {error}") from error
+
+
+@contextmanager
 def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
     """The one boundary of every input file: whatever a decoder raises becomes one line.
 
@@ -163,30 +174,23 @@ def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
     Raises:
         InputError: no regular file, not readable, or not what it should be.
     """
-    try:
-        if not Path(path).is_file():
-            reason = "is no regular file" if Path(path).exists() else f"no such {kind}"
-            raise InputError(f"{path}: {reason}; {cure}")
-        yield
-    except InputError:
-        raise
-    except PermissionError as error:
-        raise InputError(f"{path}: may not be read; change its permissions") from error
-    except MemoryError as error:
-        raise InputError(f"{path}: does not fit into the memory; take a smaller {kind}") from error
-    except Exception as error:  # decoders raise many kinds for damaged files
-        raise InputError(f"{path}: empty, truncated or no {kind}; {cure}") from error
-
-
-@contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Put a file's name before an error that does not tell it."""
-    try:
-        yield
-    except InputError as error:
-        if str(path) in str(error):
+    with naming(path):
+        try:
+            if not Path(path).is_file():
+                reason = "is no regular file" if Path(path).exists() else f"no such {kind}"
+                raise InputError(f"{reason}; {cure}")
+            yield
+        except InputError:
             raise
-        raise InputError(f"{path}: {error}") from error
+        except PermissionError as error:
+            raise InputError("may not be read; change its permissions") from error
+        except MemoryError as error:
+            raise InputError(f"does not fit into the memory; take a smaller {kind}") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+            raise InputError(f"{limit}; if you trust the file, raise --max-pixels") from error
+        except Exception as error:  # decoders raise many kinds for damaged files
+            raise InputError(f"empty, truncated or no {kind}; {cure}") from error
 
 
 def expand(names: Iterable[str | Path]) -> list[Path]:
@@ -267,28 +271,23 @@ def open_image(path: str | Path) -> Image.Image:
     """
     with reading(path, "picture", "name one that Pillow opens"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            # Not by its name: Pillow maps such TIFFs into the memory, and turns them wrongly.
-            with open(path, "rb") as stream, Image.open(stream) as image:
-                deep = image.mode != "I;16" and ";16" in str(image.tile)
-                orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
-                image.load()  # turns a TIFF upright
-                # Texts of a PNG stand beside the properties: one named "dpi" is no resolution.
-                image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
-                if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
-                    del image.info["exif"]
-                orientation = orientation or image.getexif().get(0x0112)
-                frames = getattr(image, "n_frames", 1)
-                upright = ImageOps.exif_transpose(image)
-                if orientation in (5, 6, 7, 8) and "dpi" in image.info:
-                    upright.info["dpi"] = image.info["dpi"][::-1]
-                upright.info["upper_bytes_only"] = deep and upright.mode in ("RGB", "RGBA")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-            cure = "if you trust the file, raise the limit with --max-pixels"
-            raise InputError(f"{path}: {limit}; {cure}") from error
+        # Not by its name: Pillow maps such TIFFs into the memory, and turns them wrongly.
+        with open(path, "rb") as stream, Image.open(stream) as image:
+            deep = image.mode != "I;16" and ";16" in str(image.tile)
+            orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
+            image.load()  # turns a TIFF upright
+            # Texts of a PNG stand beside the properties: one named "dpi" is no resolution.
+            image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
+            if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
+                del image.info["exif"]
+            orientation = orientation or image.getexif().get(0x0112)
+            frames = getattr(image, "n_frames", 1)
+            upright = ImageOps.exif_transpose(image)
+            if orientation in (5, 6, 7, 8) and "dpi" in image.info:
+                upright.info["dpi"] = image.info["dpi"][::-1]
+            upright.info["upper_bytes_only"] = deep and upright.mode in ("RGB", "RGBA")
         if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
-            raise InputError(f"{path}: holds NaN or infinity; replace them by numbers")
+            raise InputError("holds NaN or infinity; replace them by numbers")
     if frames > 1:
         print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
     return upright
@@ -324,8 +323,8 @@ class Planes:
         """The inverse: C x H x W grey levels, alpha as a last plane, rounded."""
         planes = []
         for i, plane in enumerate(levels):  # one by one: pictures are large
-            low, high = (self.low, self.high) if i < len(self.colour) else (0, 255)
-            step = 0.0 if self.mode == "F" else 255 / (high - low)
+            known = i < len(self.colour)
+            low, high, step = (self.low, self.high, self.step) if known else (0, 255, 1.0)
             values = to_8bit(plane, step) * ((high - low) / 255) + low
             dtype = self.colour.dtype
             if step:
@@ -395,8 +394,8 @@ class Pair:
 
     ilr: np.ndarray
     hr: np.ndarray
-    lr: np.ndarray | None
-    step: float
+    lr: np.ndarray | None = None
+    step: float = 1.0
 
 
 def bicubic_pair(hr: np.ndarray, step: float, scale: int) -> Pair:
@@ -467,7 +466,7 @@ def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` at the end: a file appears whole or not.
 
-    Folders are made where they are missing, and taken back where nothing is written.
+    Folders that are missing are made at the end, too.
 
     Raises:
         InputError: the folder or the file cannot be written, or the disk is full.
@@ -480,34 +479,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         return
     target = Path(os.path.realpath(path))  # a link stays one
     try:
-        LEFTOVERS.extend(folder for folder in target.parents if not folder.exists())
-        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = next(folder for folder in target.parents if folder.exists())
         # The name keeps its extension: Pillow reads the format off it.
-        partial = target.with_name(f".part-{uuid.uuid4().hex}{target.suffix}")
-        LEFTOVERS.insert(0, partial)
+        partial = folder / f".part-{uuid.uuid4().hex}{target.suffix}"
+        LEFTOVERS.append(partial)
         partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         if target.exists():
             shutil.copymode(target, partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(target)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+    except (OSError, ValueError) as error:  # the latter of Pillow
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         clear_up()
         LEFTOVERS.clear()
 
 
-LEFTOVERS: list[Path] = []  # partial files and new folders, to be removed at any end
+LEFTOVERS: list[Path] = []  # partial files, to be removed at any end
 
 
 def clear_up() -> None:
-    """Remove partial files, if they were not renamed, and the folders made for them."""
+    """Remove partial files, if they were not renamed."""
     for path in LEFTOVERS:
-        with suppress(OSError):  # not there, or a folder with a finished file in it
-            path.rmdir() if path.is_dir() else path.unlink()
+        with suppress(OSError):
+            path.unlink()
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

@@ -154,10 +154,10 @@ spoiled[3, 2, 1] = np.nan
     [
         (None, good, {}, "holds no 'lr'"),
         (good, None, {}, "holds no 'hr'"),
-        (good, good[:3], {}, "must be equal"),
+        (good, good[:3], {}, "not both the same"),
         (good[:0], good[:0], {}, "holds no patch"),
         (good[..., :16, :16], good[..., :16, :16], {}, "--patch-size 17"),
-        (good[..., :30], good[..., :30], {}, "not N x P x P"),
+        (good[..., :30], good[..., :30], {}, "not both the same"),
         (good, good, {"scale": 2}, "made for --scale 2, not 3"),
         ([good[0]], [good[0]], {}, "no training file"),
         (spoiled, good, {}, "'lr' holds NaN"),
@@ -213,4 +213,4 @@ def test_files_of_different_patches_do_not_go_together(tmp_path):
 def test_evaluation_pictures_come_in_numerical_order(tmp_path):
     pictures = [np.full((4, 5), i, np.float32) for i in range(12)]
     path = write(tmp_path / "e.h5", pictures, pictures)
-    assert [hr[0, 0] for _, hr in read_eval_pairs(path)[0]] == list(range(12))
+    assert [pair.hr[0, 0] for pair in read_eval_pairs(path)[0]] == list(range(12))

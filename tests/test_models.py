@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import noise
 from torch import nn
 
-from models import SRCNN, SelfEnsemble, load_srcnn, restore, shifted_sums, tiles
+from models import SRCNN, SelfEnsemble, load_srcnn, restore, shifted_sums
 from utils import InputError
 
 
@@ -142,7 +142,7 @@ def broken_state(name: str, value: torch.Tensor | None) -> dict:
 )
 def test_what_is_no_srcnn_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="other.pth: no SRCNN weights"):
+    with pytest.raises(InputError, match="other.pth: .* no weights file"):
         load_srcnn(tmp_path / "other.pth")
 
 
@@ -190,15 +190,6 @@ def test_tiles_give_the_same_picture_as_one_pass(weights, tile, shape):
     restored = restore(model, ilr, tile)
     assert np.abs(restored - whole.detach().numpy()).max() < 1e-3
     assert np.abs(restored - ilr).max() > 1  # the network does something
-
-
-def test_tiles_cover_every_pixel_once():
-    covered = np.zeros((37, 101), int)
-    for top, bottom, left, right in tiles(37, 101, 16):
-        assert bottom - top <= 16
-        assert right - left <= 16
-        covered[top:bottom, left:right] += 1
-    assert (covered == 1).all()
 
 
 def test_restore_keeps_the_number_of_threads(weights):

@@ -284,12 +284,12 @@ def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tm
     assert not (tmp_path / "data").exists()
 
 
-def test_the_manifest_names_every_file_of_the_three_sets():
-    names = list(prepare.read_manifest(prepare.MANIFEST))
+def test_the_manifest_names_every_file_of_the_three_sets(tmp_path):
+    names = list(prepare.missing_files(tmp_path, prepare.MANIFEST))
     counts = [sum(name.startswith(f"{s}/") for name in names) for s in ("T91", "Set5", "Set14")]
     assert counts == [91, 5, 14]
 
 
 @needs_data
 def test_the_manifest_fits_the_real_files():
-    assert prepare.missing_files(DATA, prepare.read_manifest(prepare.MANIFEST)) == {}
+    assert prepare.missing_files(DATA, prepare.MANIFEST) == {}

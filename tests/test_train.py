@@ -22,6 +22,7 @@ from conftest import FULL_DISK, ROOT, needs_data, noise, refused, spawn, tree
 
 import train
 from models import SRCNN, load_srcnn, restore
+from utils import Pair
 
 SMALL = ["--filters", 8, 4, "--kernel-sizes", 5, 3, 5]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -616,7 +617,7 @@ def test_the_kept_score_is_rounded_and_shaved():
     torch.manual_seed(3)
     model = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5), init="default")
     ilr, hr = noise(30, 30), np.rint(noise(30, 30, seed=1))
-    score, restored = train.evaluate(model, [(ilr, hr)], 4)
+    score, restored = train.evaluate(model, [Pair(ilr, hr)], 4)
     expected = np.clip(np.floor(restore(model, ilr) + 0.5), 0, 255)
     mse = np.mean((expected - hr)[4:-4, 4:-4].astype(np.float64) ** 2)
     assert np.array_equal(restored, restore(model, ilr))
