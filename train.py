@@ -98,16 +98,14 @@ def train(
             state |= {name: m.state_dict() for name, m in models.items()}
             state |= {"best": best, "optimizers": [o.state_dict() for o in optimizers]}
             write_whole(folder / "last.pth", to_bytes(state))
-            write_whole(folder / "best.pth", to_bytes(best))
-            if counters.history:
-                write_csv(folder / "history.csv", COLUMNS, counters.history)
+            write_results(folder, state)
 
     against = "no --eval-file: the last weights are kept"
     if rank == 0:
         if checkpoint:
             where = f"epoch {counters.epoch}, step {counters.step}"
             print(f"{args.resume}: going on in {where}", flush=True)
-            save()
+            write_results(folder, checkpoint)
         else:
             with moved_aside(folder):
                 save()
@@ -454,6 +452,13 @@ def moved_aside(folder: Path) -> Iterator[None]:
         aside.rename(folder)
         raise
     print(f"{folder}: held an older run, which is now {aside}", flush=True)
+
+
+def write_results(folder: Path, state: dict) -> None:
+    """Write what last.pth's content holds of the other files."""
+    write_whole(folder / "best.pth", to_bytes(state["best"]))
+    if state["counters"]["history"]:
+        write_csv(folder / "history.csv", COLUMNS, state["counters"]["history"])
 
 
 def to_bytes(content: dict) -> bytes:
