@@ -221,7 +221,7 @@ def check_finite(counters: Counters, optimizers: list[torch.optim.Optimizer]) ->
 
 # --- recipe: start, optimizers, schedule ----------------------------------------------------
 
-LEARNING_RATES = {"adam": 1e-3, "muon": 1e-2, "sgd": 1e-4}
+LEARNING_RATES = {"adam": 1e-3, "muon": 5e-3, "sgd": 1e-4}
 ADAM_IN_MUON = 0.1  # Adam's rate for biases, as a fraction of Muon's
 SMALLER = 0.25  # size of hidden filters where Muon starts: it takes longer to turn larger ones
 LAST_LAYER = 0.1  # the paper's (and the forks') smaller learning rate in the last layer
