@@ -100,7 +100,7 @@ def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_pat
 def test_the_network_learns(call, h5_files, tmp_path):
     files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
     argv = [*files, "--outputs-dir", tmp_path, "--num-epochs", 12, "--warmup", 5]
-    result = call("train", *argv, "--optimizer", "muon", "--ema", 0.9)
+    result = call("train", *argv, "--optimizer", "muon", "--lr", 0.01, "--ema", 0.9)
     bicubic = float(result.out.split("bicubic has ")[1].split()[0])
     best = max(float(row["psnr"]) for row in history(tmp_path / "x3"))
     assert best > bicubic + 0.4
