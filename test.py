@@ -259,7 +259,8 @@ def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespa
 
 def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
     """The row of scores of a picture, taken as ground truth; in colour also PSNR over RGB."""
-    row, colour = {"image": name, "scale": scale}, pair.hr.ndim == 3 and len(pair.hr) == 3
+    colour = pair.hr.ndim == 3 and len(pair.hr) == 3
+    row = {"image": name, "scale": scale}
     for method, picture in pictures.items():
         shaved = [shave(p, scale) for p in (to_8bit(picture, pair.step), pair.hr)]
         luma = [rounded_luma(p, pair.step) for p in shaved] if colour else shaved
