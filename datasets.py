@@ -137,9 +137,11 @@ class H5Patches(Dataset):
         for i, index in enumerate(indices):
             k = np.searchsorted(self.starts, index, "right") - 1
             with reading(self.paths[k], "h5 file", CURE):
-                self.files[k] = self.files[k] or h5py.File(self.paths[k], "r")
-                for target, name in zip(pair, ("lr", "hr")):
-                    target[i] = read_rows(self.files[k][name], int(index - self.starts[k]))
+                if not self.files[k]:
+                    file = h5py.File(self.paths[k], "r")
+                    self.files[k] = file["lr"], file["hr"]  # to find them by name takes long
+                for target, dataset in zip(pair, self.files[k]):
+                    target[i] = read_rows(dataset, int(index - self.starts[k]))
         return [torch.from_numpy(planes) for planes in pair]
 
 
