@@ -158,7 +158,7 @@ def naming(path: object) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if str(path) in str(error):
+        if str(error).startswith(str(path)):
             raise
         raise InputError(f"{path}: {error}") from error
 
