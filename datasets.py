@@ -112,14 +112,14 @@ class H5Patches(Dataset):
                 raise InputError(f"{path}: {reason}; use one kind")
         self.patch_shape, self.attributes = shapes[0][1:], attributes[0]
         self.starts = np.cumsum([0] + [shape[0] for shape in shapes])
-        self.files = None
+        self.datasets = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict:
         # An open h5 file does not survive the way to another process.
-        return self.__dict__ | {"files": None}
+        return self.__dict__ | {"datasets": None}
 
     def load(self) -> Iterator[torch.Tensor]:
         """All of ilr, then all of hr: len(self) x C x P x P."""
@@ -132,15 +132,15 @@ class H5Patches(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """(ilr, hr) of these patches, in this order, each len(indices) x C x P x P."""
-        self.files = self.files or [None] * len(self.paths)
+        self.datasets = self.datasets or [None] * len(self.paths)
         pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
         for i, index in enumerate(indices):
             k = np.searchsorted(self.starts, index, "right") - 1
             with reading(self.paths[k], "h5 file", CURE):
-                if not self.files[k]:
+                if not self.datasets[k]:  # to find them by name for every patch takes long
                     file = h5py.File(self.paths[k], "r")
-                    self.files[k] = file["lr"], file["hr"]  # to find them by name takes long
-                for target, dataset in zip(pair, self.files[k]):
+                    self.datasets[k] = file["lr"], file["hr"]
+                for target, dataset in zip(pair, self.datasets[k]):
                     target[i] = read_rows(dataset, int(index - self.starts[k]))
         return [torch.from_numpy(planes) for planes in pair]
 

@@ -230,13 +230,10 @@ def restore(
         The restored picture, float32, same shape, neither rounded nor clipped.
 
     Raises:
-        InputError: another number of channels, or weights that make values that are not finite.
+        InputError: the weights make values that are not finite.
     """
     halo, parameter = model.halo, next(model.parameters())
     planes = ilr if ilr.ndim == 3 else ilr[None]
-    if len(planes) != model.num_channels:
-        weights = f"these weights are for {model.num_channels}"
-        raise InputError(f"has {len(planes)} channels, {weights}; take others")
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
     restored = planes.copy()
     threads = torch.get_num_threads()
@@ -344,8 +341,9 @@ def enlarge(
     if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
         size = f"{scale * width} x {scale * height}"
         raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
-    lr = planes.levels()
-    learned = 1 if model.num_channels == 1 else len(lr)  # planes that go through the network
+    lr, learned = planes.levels(), model.num_channels
+    if learned not in (1, len(lr)):
+        raise InputError("is grey, but these weights are for RGB; take others")
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
@@ -355,8 +353,8 @@ def enlarge(
     rows = max(1, band // (scale * scale * width))
     # Rows that a row depends on: the network's view and bicubic's, and four a back-projection.
     view = math.ceil(model.halo / scale) + 2
-    margin = view + 4 * back_projection
     back_projection *= scale > 1  # where nothing was reduced it would undo the network
+    margin = view + 4 * back_projection
     enlarged = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)

@@ -221,13 +221,12 @@ def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
     return wanted
 
 
-def extract(archive: io.IOBase | str, folder: Path, manifest: Path) -> None:
-    """Write the missing files, which a zip archive holds, to where the manifest puts them.
+def extract(archive: io.IOBase | str, folder: Path, wanted: dict[str, str]) -> None:
+    """Write the wanted files of a zip archive to where the manifest puts them.
 
     They are found by content: the archive's own names, which might lead out of
     `folder`, are never used. What is no zip archive, or a corrupt one, raises many kinds.
     """
-    wanted = missing_files(folder, manifest)
     with zipfile.ZipFile(archive) as opened:
         for entry in opened.infolist():
             if entry.file_size > LARGEST:
@@ -252,11 +251,13 @@ def download(
     Raises:
         InputError: files are still missing afterwards.
     """
+    wanted = missing_files(folder, manifest)
     if archive:
         with reading(archive, "file in zip format", "pass --archive FILE.zip"):
-            extract(archive, folder, manifest)
+            extract(archive, folder, wanted)
+        wanted = missing_files(folder, manifest)
     for url in [] if archive else sources:
-        if not missing_files(folder, manifest):
+        if not wanted:
             break
         bar = {"desc": url.rpartition("/")[2], "disable": None}
         try:
@@ -268,10 +269,11 @@ def download(
                 shutil.copyfileobj(body, file)
                 if response.length:
                     raise OSError(f"broke off, {response.length:,} bytes are missing")
-                extract(file, folder, manifest)
+                extract(file, folder, wanted)
         except Exception as error:  # no connection, one that broke off, a damaged archive
             print(f"{url}: {error}; trying the next source", file=sys.stderr)
-    if wanted := missing_files(folder, manifest):
+        wanted = missing_files(folder, manifest)
+    if wanted:
         names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)
         cure = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
         missing = f"{len(wanted)} files are missing ({names})"

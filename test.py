@@ -108,6 +108,9 @@ def enlarge_files(args: argparse.Namespace) -> int:
     outputs = [(path, target) for path in paths for target in set(targets[path])]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
+    if model.num_channels not in (1, 3):
+        reason = f"is for {model.num_channels} channels, pictures have 1 or 3; take others"
+        raise InputError(f"--weights-file {weights_path(args)}: {reason}")
 
     def enlarge_file(path: Path) -> None:
         image = open_image(path)
@@ -118,8 +121,7 @@ def enlarge_files(args: argparse.Namespace) -> int:
         enlarged = enlarge(planes, model, args.scale, args.back_projection, tile=args.tile)
         if args.outscale:
             enlarged = reduce_image(enlarged, size, args.range)
-        with atomic_path(target) as partial:
-            enlarged.save(partial, **options)
+        save_image(enlarged, target, options)
         tqdm.write(str(target))
 
     return for_each(paths, enlarge_file)[1]
@@ -180,6 +182,15 @@ def save_options(path: Path, mode: str, size: list[int]) -> dict:
     return dict(options)
 
 
+def save_image(image: Image.Image, path: Path, options: dict) -> None:
+    """Write a picture in the format of its extension, whole or not at all."""
+    with atomic_path(path) as partial:
+        try:
+            image.save(partial, **options)
+        except ValueError as error:
+            raise InputError(f"{path}: cannot be written ({error}); use .png") from error
+
+
 # --- evaluate -------------------------------------------------------------------------------
 
 
@@ -238,6 +249,8 @@ def known_pairs(
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
     """What the network makes of a pair: by the protocol, and as users get it."""
+    if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
+        raise InputError(f"has other channels than {weights_path(args)}; take other weights")
     pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
     if pair.lr is not None:
         pictures["enlarged"] = back_project(pictures["srcnn"], pair.lr, args.back_projection)
@@ -259,13 +272,15 @@ def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespa
 
 def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
     """The row of scores of a picture, taken as ground truth; in colour also PSNR over RGB."""
+    least = 11 + 2 * scale * (scale > 1)
+    if min(pair.hr.shape[-2:]) < least:
+        raise InputError(f"too small to measure; needs {least} pixels")
     colour = pair.hr.ndim == 3 and len(pair.hr) == 3
     row = {"image": name, "scale": scale}
     for method, picture in pictures.items():
         shaved = [shave(p, scale) for p in (to_8bit(picture, pair.step), pair.hr)]
         luma = [rounded_luma(p, pair.step) for p in shaved] if colour else shaved
-        similarity = ssim(*luma)  # refuses what is too small
-        row |= {f"{method}_psnr": psnr(*luma), f"{method}_ssim": similarity}
+        row |= {f"{method}_psnr": psnr(*luma), f"{method}_ssim": ssim(*luma)}
         row |= {f"{method}_rgb_psnr": psnr(*shaved)} if colour else {}
     return row
 
@@ -311,8 +326,7 @@ def save_comparison(
         strip.paste(image, (i * width, 16))
         ImageDraw.Draw(strip).text((i * width + 4, 2), label, fill="black")
     for name, image in zip(("bicubic", "srcnn", "comparison"), (*images[1:], strip)):
-        with atomic_path(comparison_path(args, path, name)) as partial:
-            image.save(partial)
+        save_image(image, comparison_path(args, path, name), {})
 
 
 # --- export ---------------------------------------------------------------------------------

@@ -515,8 +515,9 @@ def load_run(
                 difference = "is not the file that the run began with: shapes or attributes differ"
                 raise InputError(f"--{name}-file: {difference}; name that one")
         for name, model in models.items():
-            for state in checkpoint["best"], checkpoint[name]:
-                model.load_state_dict(state)
+            model.load_state_dict(checkpoint["best"])
+            state = checkpoint[name]  # None: an earlier train.py kept no average with --ema 0
+            model.load_state_dict(checkpoint["model"] if state is None else state)
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
             for p, entry in optimizer.state.items():

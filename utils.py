@@ -123,10 +123,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, peak 255.
 
     Raises:
-        InputError: a side shorter than the window's 11 pixels.
+        ValueError: a side shorter than the window's 11 pixels.
     """
     if min(a.shape[-2:]) < 11:
-        raise InputError("too small to measure; needs 11 pixels within the border")
+        raise ValueError("SSIM needs pictures of at least 11 x 11 pixels")
     a, b = a.astype(np.float64), b.astype(np.float64)
     mean_a, mean_b = _gaussian(a), _gaussian(b)
     var_a, var_b = _gaussian(a * a) - mean_a**2, _gaussian(b * b) - mean_b**2
@@ -491,8 +491,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             shutil.copymode(target, partial)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(target)
-    except (OSError, ValueError) as error:  # the latter of Pillow
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         clear_up()

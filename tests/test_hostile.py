@@ -444,7 +444,7 @@ def cases() -> list:
     """(a word of the message, command line)."""
     found, command = [line.split(": ", 1) for line in REFUSED.splitlines()], ""
     for kind in KINDS:
-        word, name = "weights" if kind in ("huge", "two") else kind, f"--weights-file {kind}.pth"
+        word, name = "weights" if kind == "huge" else kind, f"--weights-file {kind}.pth"
         found.append((word, f"test --image-file in/a.png --output new/x/a.png {name}"))
         found.append((word, f"test --image-file in/a.png --eval --csv new/x/a.csv {name}"))
         found += [(kind, TRAIN + f"--init {kind}.pth")] * (kind != "huge")

@@ -192,6 +192,14 @@ def test_tiles_give_the_same_picture_as_one_pass(weights, tile, shape):
     assert np.abs(restored - ilr).max() > 1  # the network does something
 
 
+def test_tiles_cover_every_pixel_once(weights):
+    model, sides = load_srcnn(weights), []
+    model.register_forward_hook(lambda _, inputs, y: sides.append(y.shape[2:]))
+    restore(model, noise(37, 101), 16)
+    assert max(max(shape) for shape in sides) <= 16
+    assert sum(height * width for height, width in sides) == 37 * 101
+
+
 def test_restore_keeps_the_number_of_threads(weights):
     threads = torch.get_num_threads()
     restore(load_srcnn(weights), noise(40, 40), 8)

@@ -354,6 +354,16 @@ def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
     assert tree(last.parent) == before
 
 
+def test_a_run_of_an_earlier_train_py_without_an_average_goes_on(call, base, tmp_path):
+    plain = [*base, "--ema", 0, "--schedule", "constant"]
+    call("train", *plain, "--num-epochs", 3, "--outputs-dir", tmp_path / "whole")
+    call("train", *plain, "--num-epochs", 2)
+    last = tmp_path / "out/x3/last.pth"
+    torch.save(torch.load(last, weights_only=True) | {"average": None}, last)
+    assert call("train", "--resume", last, "--num-epochs", 3).status == 0
+    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+
+
 def test_a_stop_at_the_very_last_step_still_ends_with_an_evaluation(
     call, base, tmp_path, monkeypatch
 ):

@@ -220,7 +220,7 @@ def test_a_network_of_three_channels_gets_all_colours(call, low, tmp_path, rgb_w
     Image.fromarray(pixels(low)[..., 0].astype(np.uint8)).save(tmp_path / "grey.png")
     before = tree(tmp_path)
     argv[1] = tmp_path / "grey.png"
-    assert refused(call("test", *argv), "grey.png", "weights are for 3")
+    assert refused(call("test", *argv), "grey.png", "weights are for RGB")
     assert tree(tmp_path) == before
 
 

@@ -135,7 +135,7 @@ def test_psnr_of_equal_pictures_is_infinite_and_ssim_one():
 
 
 def test_ssim_refuses_pictures_smaller_than_its_window():
-    with pytest.raises(InputError):
+    with pytest.raises(ValueError):
         ssim(noise(10, 30), noise(10, 30))
 
 
