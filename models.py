@@ -150,13 +150,11 @@ def to_onnx(model: SRCNN, scale: int) -> bytes:
     are also stands in the file's metadata.
 
     Raises:
-        InputError: the package onnx is not installed.
+        ImportError: the package onnx is not installed.
     """
-    try:
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-    except ImportError as error:
-        raise InputError("--export: needs the package onnx; pip install onnx") from error
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
     kernels = [str(layer.kernel_size[0]) for layer in model.layers]
     pads = np.array(2 * [0, 0, model.halo, model.halo])
     tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}

@@ -15,12 +15,14 @@ if __name__ == "__main__":
 import hashlib
 import io
 import math
+import os
 import shutil
 import sys
 import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +32,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, run
-from utils import InputError, atomic_path, check_outputs, expand, naming, write_whole
-from utils import Pair, bicubic_pair, find_images, find_partner, levels_of, open_image, read_pair
+from utils import InputError, atomic_path, check_outputs, images_in, naming, write_whole
+from utils import Pair, bicubic_pair, find_partner, levels_of, open_image, read_pair
 from utils import reading, rgb_to_ycbcr
 
 VERSION = 1  # of the h5 layout
@@ -179,11 +181,14 @@ def write_h5(
     """Write (name, Pair), one after the other: memory stays flat; returns how many patches or
     pictures there are. Pictures of which `append` takes nothing are named and skipped.
 
+    Args:
+        path: of atomic_path, which tells of a full disk.
+
     Raises:
-        InputError: none, or the file cannot be written.
+        InputError: no patch and no picture.
     """
     count, steps, skipped = 0, set(), []
-    with atomic_path(path) as partial_path, H5Target(partial_path, "w+") as target:
+    with H5Target(path, "w+") as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
                 added = append(file, pair.ilr, pair.hr)
@@ -196,7 +201,7 @@ def write_h5(
                     raise InputError(f"{name}: has another depth than those before; use one kind")
             if not count:
                 cure = "lower --patch-size or name larger pictures"
-                raise InputError(f"{path}: no picture is large enough; {cure}")
+                raise InputError(f"no picture is large enough; {cure}")
             file.attrs.update(attributes)
             if append is append_picture:
                 file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
@@ -329,6 +334,19 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--hold-out: makes an evaluation file by itself; drop --eval")
 
 
+def plan(args: argparse.Namespace, names: list) -> list[tuple[str, list, bool]]:
+    """(h5 file, its pictures, whether they stay whole) of the one or two that are wanted."""
+    if not args.hold_out:
+        return [(args.output_path, names, args.eval)]
+    if len(names) < 2:
+        raise InputError("--hold-out: needs two pictures at least")
+    count = min(max(1, round(args.hold_out * len(names))), len(names) - 1)
+    order = np.random.default_rng(args.seed).permutation(len(names))
+    held, others = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
+    held_path = f"{os.path.splitext(args.output_path)[0]}_eval.h5"
+    return [(held_path, held, True), (args.output_path, others, False)]
+
+
 def main(args: argparse.Namespace) -> None:
     if args.archive and not args.download:
         raise InputError("--archive: goes with --download DIR")
@@ -340,36 +358,27 @@ def main(args: argparse.Namespace) -> None:
         first = 1_000_000 * args.eval + 10_000 * args.seed
         names = list(range(first, first + args.synthetic))
     else:
-        folders = expand(args.images_dir)
-        for folder in folders:
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder")
-        names = find_images(folders)
-    output = Path(args.output_path)
-    jobs = [(output, names, args.eval)]
-    if args.hold_out:
-        if len(names) < 2:
-            raise InputError("--hold-out: needs two pictures at least")
-        count = min(max(1, round(args.hold_out * len(names))), len(names) - 1)
-        order = np.random.default_rng(args.seed).permutation(len(names))
-        held, others = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
-        jobs = [(output.with_name(f"{output.stem}_eval.h5"), held, True), (output, others, False)]
+        names = images_in(args.images_dir)
+    jobs = plan(args, names)
     inputs = [] if args.synthetic else [*names, *partners]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
-    for path, chosen, whole_pictures in jobs:
-        attributes = {"scale": args.scale, "version": VERSION}
-        attributes["degradation"] = "given" if partners else args.degradation
-        append, what = append_picture, "pictures"
-        if not whole_pictures:
-            append = partial(append_patches, size=args.patch_size, stride=args.stride)
-            attributes |= {"patch_size": args.patch_size, "stride": args.stride}
-            what = "patches"
-        factors = args.shrink if whole_pictures == args.eval else []  # none of those held out
-        pairs = make_pairs(args, chosen, names, partners, factors)
-        total = len(chosen) * (1 + len(factors))
-        bar = tqdm(pairs, "pictures", total, leave=False, disable=None)
-        count = write_h5(path, bar, append, attributes)
-        print(f"{path}: {count} {what} for x{args.scale}")
+    done = []
+    with ExitStack() as files:  # all appear, or none
+        for path, chosen, whole_pictures in jobs:
+            attributes = {"scale": args.scale, "version": VERSION}
+            attributes["degradation"] = "given" if partners else args.degradation
+            append, what = append_picture, "pictures"
+            if not whole_pictures:
+                append = partial(append_patches, size=args.patch_size, stride=args.stride)
+                attributes |= {"patch_size": args.patch_size, "stride": args.stride}
+                what = "patches"
+            factors = args.shrink if whole_pictures == args.eval else []  # none of those held out
+            pairs = make_pairs(args, chosen, names, partners, factors)
+            total = len(chosen) * (1 + len(factors))
+            bar = tqdm(pairs, "pictures", total, leave=False, disable=None)
+            count = write_h5(files.enter_context(atomic_path(path)), bar, append, attributes)
+            done.append(f"{path}: {count} {what} for x{args.scale}")
+    print(*done, sep="\n")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from tqdm import tqdm
 from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, enlarge, load_srcnn, pick_device, restore, to_onnx
 from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, report, run
-from utils import InputError, atomic_path, check_outputs, naming, write_csv, write_whole
-from utils import Pair, bicubic_pair, decode, find_images, find_partner, open_image
+from utils import InputError, check_outputs, naming, write_csv, write_whole
+from utils import Pair, bicubic_pair, decode, find_images, find_partner, images_in, open_image
 from utils import crop_to_multiple, levels_of, read_levels, read_pair, rgb_to_ycbcr
 from utils import psnr, rounded_luma, shave, ssim, to_8bit, ycbcr_to_rgb
 
@@ -49,7 +49,7 @@ def choose_scale(args: argparse.Namespace) -> int:
     said = re.search(r"(?:^|_)x(\d+)$", path.stem) or re.search(r"^x(\d+)$", path.parent.name)
     implied = int(said[1]) if said else 3
     if args.scale is None:
-        return math.ceil(args.outscale) if args.outscale and not said else implied
+        return max(2, math.ceil(args.outscale)) if args.outscale and not said else implied
     if said and implied != args.scale:
         print(f"--scale {args.scale}: {path} looks like weights for {implied}", file=sys.stderr)
     return args.scale
@@ -64,8 +64,9 @@ def weights_path(args: argparse.Namespace) -> Path:
     if not path.is_file():
         names = (found.stem for found in path.parent.glob(f"{prefix}*.pth"))
         scales = ", ".join(sorted(name.removeprefix(prefix) for name in names))
+        asked = f"--outscale {args.outscale:g}" if args.outscale else f"--scale {args.scale}"
         cure = "choose one or pass --weights-file"
-        raise InputError(f"--scale {args.scale}: there are weights for {scales}; {cure}")
+        raise InputError(f"{asked}: there are weights for {scales}; {cure}")
     return path
 
 
@@ -105,7 +106,7 @@ def enlarge_files(args: argparse.Namespace) -> int:
     several = len(paths) > 1 or Path(args.image_file[0]).is_dir()
     ends = ".png", ".tif"  # the second for 32 bits, which PNG cannot hold
     targets = {path: [output_path(path, args, several, end) for end in ends] for path in paths}
-    outputs = [(path, target) for path in paths for target in set(targets[path])]
+    outputs = [(path, target) for path in paths for target in dict.fromkeys(targets[path])]
     check_outputs(outputs, [*paths, weights_path(args)])
     model = load_model(args)
     if model.num_channels not in (1, 3):
@@ -184,11 +185,12 @@ def save_options(path: Path, mode: str, size: list[int]) -> dict:
 
 def save_image(image: Image.Image, path: Path, options: dict) -> None:
     """Write a picture in the format of its extension, whole or not at all."""
-    with atomic_path(path) as partial:
-        try:
-            image.save(partial, **options)
-        except ValueError as error:
-            raise InputError(f"{path}: cannot be written ({error}); use .png") from error
+    encoded = io.BytesIO()  # to files Pillow's encoders write on where a disk is full
+    try:
+        image.save(encoded, Image.registered_extensions()[path.suffix.lower()], **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); use .png") from error
+    write_whole(path, encoded.getbuffer())
 
 
 # --- evaluate -------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ def save_image(image: Image.Image, path: Path, options: dict) -> None:
 def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
     """Degrade and restore every picture; print, and on demand write, the scores."""
     paths = find_images(args.image_file)
-    results = find_images([args.results], results=True) if args.results is not None else []
+    results = images_in([args.results], results=True) if args.results is not None else []
     outputs = [("--csv", args.csv)] if args.csv else []
     if args.save_images:
         names = "bicubic", "srcnn", "comparison"
@@ -212,6 +214,9 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
         rows = []
         for name, pair in known_pairs(path, paths, partners, args, channels):
             with naming(name):
+                least = 11 + 2 * args.scale * (args.scale > 1)
+                if min(pair.hr.shape[-2:]) < least:
+                    raise InputError(f"too small to measure; needs {least} pixels")
                 if results:
                     result = find_partner(path, paths, results, args.scale, "--results")
                     pictures = {"result": read_result(result, path, pair.hr, args)}
@@ -272,9 +277,6 @@ def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespa
 
 def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
     """The row of scores of a picture, taken as ground truth; in colour also PSNR over RGB."""
-    least = 11 + 2 * scale * (scale > 1)
-    if min(pair.hr.shape[-2:]) < least:
-        raise InputError(f"too small to measure; needs {least} pixels")
     colour = pair.hr.ndim == 3 and len(pair.hr) == 3
     row = {"image": name, "scale": scale}
     for method, picture in pictures.items():
@@ -399,9 +401,10 @@ def main(args: argparse.Namespace) -> int:
     args.scale = choose_scale(args)
     if args.export is not None:
         return export(args)
-    if args.outscale and (args.eval or args.outscale > args.scale):
-        limit = f"goes without --eval, up to the scale of the network, {args.scale}"
-        raise InputError(f"--outscale {args.outscale:g}: {limit}")
+    if args.outscale and args.eval:
+        raise InputError("--outscale: goes without --eval")
+    if args.outscale and args.outscale > args.scale:
+        raise InputError(f"--outscale {args.outscale:g}: the network's scale is {args.scale}")
     return evaluate_files(args, partners) if args.eval else enlarge_files(args)
 
 

@@ -18,6 +18,7 @@ import copy
 import io
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,19 +86,25 @@ def train(
     if checkpoint:
         counters, best = load_run(args, checkpoint, data, models, optimizers)
     elif rank == 0:
-        counters.best, _ = evaluate(average, pairs, args.scale)
+        counters.best = evaluate(average, pairs, args.scale)
     held = picture_filters(model) if args.optimizer == "muon" else []
+    last, written = folder / "last.pth", None
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
         """Write the run's files; last.pth is the truth, from which a resume mends the others."""
+        nonlocal written
         check_finite(counters, optimizers)
         if rank == 0:
+            if written and last.exists() and last.read_bytes() != written:
+                reason = f"another train.py has begun in {folder}, and moved this run's files aside"
+                raise InputError(f"--outputs-dir: {reason}; name another folder")
             state = {"version": VERSION, "args": vars(args), "counters": asdict(counters)}
             state |= {"data": data, "ran": {"bf16": bool(bf16), "world_size": world_size}}
             state |= {name: m.state_dict() for name, m in models.items()}
             state |= {"best": best, "optimizers": [o.state_dict() for o in optimizers]}
-            write_whole(folder / "last.pth", to_bytes(state))
+            written = to_bytes(state)
+            write_whole(last, written)
             write_results(folder, state)
 
     against = "no --eval-file: the last weights are kept"
@@ -148,8 +155,10 @@ def train(
                     counters.seconds = time.perf_counter() - started
                     if distributed:
                         agree(counters, received, loss_sum)
-                    if received or planned(args, counters, len(batches)) >= 1:
+                    if received:
                         break
+                if planned(args, counters, len(batches)) >= 1:
+                    break
         except InputError:  # a lost worker or a damaged patch: what rank 0 has learned is kept
             counters.loss_sum = loss_sum.item()
             save()
@@ -167,7 +176,7 @@ def train(
             return 128 + received[0]
         check_finite(counters, optimizers)
         if rank == 0:
-            score, picture = evaluate(average, pairs, args.scale)
+            score = evaluate(average, pairs, args.scale)
             counters.seconds = time.perf_counter() - started
             rate, loss = optimizers[0].param_groups[0]["lr"], counters.loss_sum / counters.step
             psnr = score if pairs else None
@@ -175,15 +184,16 @@ def train(
             counters.history.append(row)
             if score > counters.best or not pairs:
                 counters.best, best = score, weights_of(average)
-            if args.save_every and counters.epoch % args.save_every == 0:
-                write_whole(folder / f"epoch_{counters.epoch}.pth", to_bytes(weights_of(average)))
             if board:
-                add_to_board(board, pairs, picture, row)
+                add_to_board(board, average, pairs[:1], row)
+        counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
+        save()
+        if rank == 0:
             text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
             text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
             print(text.format(**row), flush=True)
-        counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
-        save()
+            if args.save_every and row["epoch"] % args.save_every == 0:
+                write_whole(folder / f"epoch_{row['epoch']}.pth", to_bytes(weights_of(average)))
         if distributed:
             agree(counters, received, loss_sum)
     if rank == 0:
@@ -192,14 +202,10 @@ def train(
     return 0
 
 
-def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> tuple[float, np.ndarray | None]:
-    """Mean PSNR in dB by the paper's protocol, and the first picture, restored.
-
-    Without pictures -inf and None.
-    """
-    made = [restore(model, pair.ilr) for pair in pairs]
-    scores = [shaved_psnr(y, pair.hr, scale, pair.step) for y, pair in zip(made, pairs)]
-    return (fmean(scores), made[0]) if pairs else (-math.inf, None)
+def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float:
+    """Mean PSNR in dB by the paper's protocol; without pictures -inf."""
+    scores = [shaved_psnr(restore(model, p.ilr), p.hr, scale, p.step) for p in pairs]
+    return fmean(scores) if pairs else -math.inf
 
 
 def planned(args: argparse.Namespace, counters: Counters, steps_per_epoch: int) -> float:
@@ -421,6 +427,11 @@ def load_data(
         raise InputError(f"{args.eval_file}: has other channels than --train-file")
     if any(min(p.hr.shape[-2:]) <= 2 * args.scale for p in pairs):
         raise InputError(f"{args.eval_file}: holds a picture too small to measure")
+    scores = [shaved_psnr(p.ilr, p.hr, args.scale, p.step) for p in pairs]
+    pairs = [pair for pair, score in zip(pairs, scores) if score < math.inf]
+    if len(pairs) < len(scores) and rank == 0:  # of one colour; their PSNR would hide the others'
+        flat = f"{len(scores) - len(pairs)} pictures that bicubic restores do not count"
+        print(f"{args.eval_file}: {flat}", flush=True)
     flow = {"num_workers": args.num_workers, "stream": args.stream}
     flow |= {"augment": args.augment, "crop": halo, "rank": rank, "world_size": world_size}
     batches = Batches(patches, args.batch_size, args.seed, device, **flow)
@@ -431,13 +442,18 @@ def load_data(
     return batches, pairs, data
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything that a run would overwrite."""
+    return any((folder / name).exists() for name in ("best.pth", "last.pth", "history.csv"))
+
+
 @contextmanager
 def moved_aside(folder: Path) -> Iterator[None]:
     """Rename a folder that holds an older run, so that nothing of it is overwritten.
 
     It is renamed back where the new run cannot write.
     """
-    if not any((folder / name).exists() for name in ("best.pth", "last.pth", "history.csv")):
+    if not holds_run(folder):
         yield
         return
     aside = next(p for i in count(1) if not os.path.lexists(p := Path(f"{folder}-{i}")))
@@ -449,6 +465,7 @@ def moved_aside(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         raise
     print(f"{folder}: held an older run, which is now {aside}", flush=True)
@@ -531,19 +548,16 @@ def load_run(
 
 
 def open_board(folder: Path) -> object:
-    """TensorBoard's writer; an InputError where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        cure = "pip install tensorboard"
-        raise InputError(f"--tensorboard: is not installed; {cure}") from error
+    """TensorBoard's writer; an ImportError where it is not installed."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder / "tensorboard")
 
 
-def add_to_board(board: object, pairs: list[Pair], restored: np.ndarray | None, row: dict) -> None:
-    """An epoch's row, and the first picture, if there is one, as bicubic | SRCNN | original."""
-    for pair in pairs[:1]:
-        shown = to_8bit(pair.ilr), to_8bit(restored), pair.hr
+def add_to_board(board: object, model: SRCNN, pairs: list[Pair], row: dict) -> None:
+    """An epoch's row, and pictures as bicubic | SRCNN | original."""
+    for pair in pairs:
+        shown = to_8bit(pair.ilr), to_8bit(restore(model, pair.ilr)), pair.hr
         side_by_side = np.concatenate(shown, axis=-1) / 255
         layout = "HW" if pair.hr.ndim == 2 else "CHW"
         board.add_image("bicubic, SRCNN, original", side_by_side, row["epoch"], dataformats=layout)
@@ -559,7 +573,7 @@ def add_to_board(board: object, pairs: list[Pair], restored: np.ndarray | None, 
 def agree(counters: Counters, received: list[int], like: torch.Tensor) -> None:
     """Give every rank the same clock and signal, or one would wait for ever."""
     signum = received[0] if received else 0
-    shared = torch.tensor([counters.seconds, signum], dtype=torch.float64).to(like)
+    shared = torch.tensor([counters.seconds, signum], device=like.device)
     dist.all_reduce(shared, dist.ReduceOp.MAX)
     counters.seconds = shared[0].item()
     received[:] = [int(shared[1].item())] * bool(shared[1])
@@ -655,7 +669,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     if "resume" not in typed:
         recipe = RECIPES[typed.get("recipe", defaults["recipe"])]
         return argparse.Namespace(**defaults | recipe | typed), None
-    folder = Path(typed.get("outputs_dir", "outputs"), f"x{typed.get('scale', 3)}")
+    where = defaults | typed
+    folder = Path(where["outputs_dir"], f"x{where['scale']}")
     path = Path(typed["resume"] or folder / "last.pth")
     checkpoint = load_checkpoint(path, defaults)
     saved = checkpoint["args"]
@@ -680,8 +695,8 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     inside = os.path.join(os.path.realpath(folder), "")
     if not checkpoint and any(os.path.realpath(path).startswith(inside) for path in files):
         raise InputError(f"--outputs-dir: {folder} holds the h5 files; name another folder")
-    last = folder / "last.pth"
-    if checkpoint and last.exists() and not last.samefile(args.resume):
+    last = os.path.realpath(folder / "last.pth")
+    if checkpoint and holds_run(folder) and last != os.path.realpath(args.resume):
         raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
     device = pick_device(args.device, args.tf32)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape

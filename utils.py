@@ -224,13 +224,21 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
             if p.suffix.lower() in readable
             and not p.is_dir()
             and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            and (results or not re.search(r"_srcnn_x[\d.]+$", p.stem))
+            and (results or not re.search(r"_(srcnn|bicubic|comparison)_x[\d.]+$", p.stem))
         ]
         if not found:
             reason = "no image in it (results of test.py do not count)"
             raise InputError(f"{path}: {reason}; name pictures")
         paths += found
     return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
+
+
+def images_in(folders: Iterable[str | Path], results: bool = False) -> list[Path]:
+    """find_images, of folders alone."""
+    for folder in expand(folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; name one of pictures")
+    return find_images(folders, results)
 
 
 def find_partner(
@@ -240,7 +248,7 @@ def find_partner(
 
     That is the one of the same stem, else the only one whose stem goes on after it (0801x3
     or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale, else the
-    only one in a folder of the same name.
+    only one in a folder of the same name; where other `paths` have the stem, always in that.
 
     Raises:
         InputError: none, or several.
@@ -248,6 +256,8 @@ def find_partner(
     pattern = re.compile(re.escape(path.stem) + r"([-_x].*)?")
     others = {p.stem for p in paths} - {path.stem}
     found = [p for p in candidates if pattern.fullmatch(p.stem) and p.stem not in others]
+    if sum(p.stem == path.stem for p in paths) > 1:
+        found = [p for p in found if p.parent.name == path.parent.name]
     for fits in (
         lambda p: p.stem == path.stem,
         lambda p: True,
@@ -372,7 +382,7 @@ def levels_of(
         cure = "say with --range LOW HIGH what stands for black and white"
         raise InputError(f"has no range of its own (mode {planes.mode}); {cure}")
     step = planes.step
-    levels = to_8bit(planes.levels(), step)  # what lies beyond the range is black or white
+    levels = to_8bit(planes.levels(), step).clip(0, 255)  # beyond the range: black or white
     if num_channels == 3:
         return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
     return (levels[0] if len(levels) == 1 else rounded_luma(levels, step)), step
@@ -471,17 +481,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         InputError: the folder or the file cannot be written, or the disk is full.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; name a file")
-    if path.exists() and not path.is_file():  # a pipe or a device is written as it is
-        yield path
-        return
-    target = Path(os.path.realpath(path))  # a link stays one
+    partial, target = None, Path(os.path.realpath(path))  # a link stays one
     try:
+        if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
+            raise InputError(f"{path}: is a folder; name a file")
+        if Path(path).exists() and not Path(path).is_file():  # a pipe, a device: written as it is
+            yield Path(path)
+            return
         folder = next(folder for folder in target.parents if folder.exists())
-        # The name keeps its extension: Pillow reads the format off it.
-        partial = folder / f".part-{uuid.uuid4().hex}{target.suffix}"
+        partial = folder / f".part-{uuid.uuid4().hex}"
         LEFTOVERS.append(partial)
         partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         yield partial
@@ -495,8 +503,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
-        clear_up()
-        LEFTOVERS.clear()
+        if partial:
+            with suppress(OSError):
+                partial.unlink()
+            LEFTOVERS.remove(partial)
+
+
+class Untouched(Exception):
+    """Leaves atomic_path, which has found out that it could write, without a file."""
 
 
 LEFTOVERS: list[Path] = []  # partial files, to be removed at any end
@@ -509,7 +523,7 @@ def clear_up() -> None:
             path.unlink()
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_whole(path: str | Path, content: bytes | memoryview) -> None:
     """Write bytes to a file that appears whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
@@ -528,14 +542,16 @@ def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
     """Refuse outputs, each (the flag or file that asks for it, where it goes), that would
-    overwrite an input or one another, also through links."""
+    overwrite an input or one another, also through links, or that cannot be written."""
     places = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
     for name, output in outputs:
         place = os.path.normcase(os.path.realpath(output))
         if place in places:
             where = f"{output} would overwrite {places[place]}"
             raise InputError(f"{name}: {where}; name another output")
-        places[place] = output
+        places[place] = f"the output of {name}"
+        with suppress(Untouched), atomic_path(output):
+            raise Untouched
 
 
 def available_memory() -> int:
@@ -592,7 +608,7 @@ def check_picture_flags(args: argparse.Namespace) -> list[Path]:
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.range and not -math.inf < args.range[0] < args.range[1]:
         raise InputError("--range: LOW must be below HIGH")
-    return find_images([args.lr_dir]) if args.lr_dir is not None else []
+    return images_in([args.lr_dir]) if args.lr_dir is not None else []
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -621,11 +637,21 @@ def run(main: Callable[[], int | None]) -> None:
         libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
     with suppress(AttributeError):  # names that the terminal cannot print are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    status = 2
     try:
-        sys.exit(main())
+        done = main()
+        print(end="", flush=True)
+        status = done
     except InputError as error:
         report(error)
-        sys.exit(2)
+    except ImportError as error:  # of a package that requirements.txt does not list
+        report(InputError(f"{error}; pip install {error.name}"))
+    except BrokenPipeError:  # who reads what is printed has had enough, like `head`
+        exit_by_signal(13, None)
+    except OSError as error:
+        report(InputError(f"{error.filename or 'stdout'}: {error.strerror}; name another place"))
+        sys.stdout = sys.stdout if error.filename else None  # or the end would try to print, too
+    sys.exit(status)
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:

@@ -33,9 +33,9 @@ import train
 from datasets import Batches, H5Patches
 from models import SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, exit_by_signal, number, on_stop_signals, run
-from utils import Pair, bicubic_pair, find_images, read_levels, resize, write_csv
+from utils import Pair, atomic_path, bicubic_pair, check_outputs, images_in, read_levels, resize
 from utils import crop_to_multiple, psnr, reading, rgb_to_ycbcr, shave, to_8bit, ycbcr_to_rgb
-from utils import write_whole
+from utils import write_csv, write_whole
 
 COLUMNS = ("experiment", "variant", "set", "paper_psnr", "psnr", "ssim", "parameters", "steps")
 COLUMNS += ("batch", "seconds", "seed", "commit")
@@ -159,6 +159,11 @@ def call(script: str, *words: object) -> None:
         sys.exit(status)
 
 
+def stem(folder: str) -> str:
+    """A folder's path as a part of a file's name."""
+    return re.sub(r"[^\w.]+", "-", folder).strip("-")
+
+
 def h5_file(args: argparse.Namespace, name: str, scale: int, *flags: object) -> Path:
     """work-dir/NAME_xS.h5, made with these flags of prepare.py if it is not there."""
     path = Path(args.work_dir, f"{name}_x{scale}.h5")
@@ -169,18 +174,17 @@ def h5_file(args: argparse.Namespace, name: str, scale: int, *flags: object) -> 
 
 def h5_files(args: argparse.Namespace, variant: Variant, *flags: object) -> list[Path]:
     """A variant's training files, and behind them the evaluation file of the first set."""
-    folder, suffix = Path(args.images_dir), "".join(map(str, flags))
+    folder, suffix = args.images_dir, "".join(map(str, flags))
     files = []
     for data in variant.data:
         pictures = "--images-dir", folder, *HOLD_OUT.get(data, ())
         if data == "drawn":
             pictures = "--synthetic", DRAWN
-        files.append(
-            h5_file(args, f"{folder.name}-{data}{suffix}", variant.scale, *pictures, *flags)
-        )
+        name = f"{stem(folder)}-{data}{suffix}"
+        files.append(h5_file(args, name, variant.scale, *pictures, *flags))
     known = args.sets[0]
     pictures = "--images-dir", known, "--eval", *flags
-    return [*files, h5_file(args, f"{Path(known).name}{suffix}", variant.scale, *pictures)]
+    return [*files, h5_file(args, f"{stem(known)}{suffix}", variant.scale, *pictures)]
 
 
 def trained(
@@ -275,7 +279,7 @@ def score_colour(args: argparse.Namespace, variant: Variant, seed: int) -> Itera
         last = trained(args, variant, seed, files, half, pretrained(args, variant, seed, files[0]))
     model, of_run = (load_srcnn(last), run_of(args, last)) if last else (None, {})
     for known in args.sets:
-        scores = [score_planes(model, variant.name, path) for path in find_images([known])]
+        scores = [score_planes(model, variant.name, path) for path in images_in([known])]
         for plane, paper, values in zip(PLANES, (*variant.paper, None), zip(*scores)):
             figures = {"set": f"{Path(known).name} {plane}", "psnr": fmean(values)}
             figures["paper_psnr"] = paper if Path(known).name == "Set5" else None
@@ -306,16 +310,17 @@ def ycbcr_files(args: argparse.Namespace) -> list[Path]:
     """Training and evaluation file of Y, Cb and Cr, each rounded to 8 bits."""
 
     def pairs(folder: str) -> Iterator[tuple[Path, Pair]]:
-        for path in find_images([folder]):
+        for path in images_in([folder]):
             rgb, step = read_levels(path, 3)
             yield path, bicubic_pair(to_8bit(rgb_to_ycbcr(rgb)).astype(np.float32), step, 3)
 
     patches = partial(prepare.append_patches, size=33, stride=14)
     files = []
     for folder, append in (args.images_dir, patches), (args.sets[0], prepare.append_picture):
-        path = Path(args.work_dir, f"{Path(folder).name}-ycbcr_x3.h5")
+        path = Path(args.work_dir, f"{stem(folder)}-ycbcr_x3.h5")
         if not path.exists():
-            prepare.write_h5(path, pairs(folder), append, {"scale": 3})
+            with atomic_path(path) as partial_path:
+                prepare.write_h5(partial_path, pairs(folder), append, {"scale": 3})
         files.append(path)
     return files
 
@@ -352,7 +357,7 @@ def measure_speed(args: argparse.Namespace, variant: Variant, seed: int) -> Iter
         words = train.get_args_parser().parse_args(variant.flags.split())
         model = SRCNN(filters=words.filters, kernel_sizes=words.kernel_sizes)
         model = model.to(memory_format=torch.channels_last)
-    pairs = [bicubic_pair(*read_levels(path), 3) for path in find_images([args.sets[-1]])]
+    pairs = [bicubic_pair(*read_levels(path), 3) for path in images_in([args.sets[-1]])]
     seconds = []
     for _ in range(3):  # the fastest counts: what slows a round down is something else
         start = time.perf_counter()
@@ -385,10 +390,9 @@ def read_results(path: Path) -> list[dict]:
     cure = "name another --results"
     with reading(path, "results file", cure), path.open(newline="") as file:
         reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise InputError(f"{path}: has other columns than {', '.join(COLUMNS)}; {cure}")
-    return rows
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise InputError(f"has other columns than {', '.join(COLUMNS)}; {cure}")
+        return list(reader)
 
 
 def matching(rows: list[dict], args: argparse.Namespace, experiment: str, variant: Variant) -> list:
@@ -457,12 +461,15 @@ def main(args: argparse.Namespace) -> None:
         )
     chosen = list(EXPERIMENTS) if "all" in chosen else chosen
     path = Path(args.results)
+    images_in([args.images_dir, *args.sets])
+    sets = {Path(known).name for known in args.sets}
+    check_outputs([("--results", path)], [])
     rows = read_results(path)
     jobs = [(e, v, seed) for e in chosen for v in EXPERIMENTS[e] for seed in args.seeds]
     for i, (experiment, variant, seed) in enumerate(jobs, 1):
         print(f"\n[{i}/{len(jobs)}] {experiment}: {variant.name}, seed {seed}", flush=True)
         done = matching(rows, args, experiment, variant)
-        if any(row["seed"] == str(seed) for row in done):
+        if any(row["seed"] == str(seed) and row["set"].split()[0] in sets for row in done):
             continue
         known = dict.fromkeys(COLUMNS) | {"experiment": experiment, "variant": variant.name}
         known |= {"seed": seed, "commit": commit()}

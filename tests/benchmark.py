@@ -2,7 +2,7 @@
 
 python tests/benchmark.py train
 python tests/benchmark.py upscale
-python tests/benchmark.py time-to-psnr --seeds 1 2 "--recipe fast --minutes 1" "--minutes 4"
+python tests/benchmark.py time-to-psnr "--recipe fast --minutes 1" "--minutes 4" --seeds 1 2
 """
 
 import argparse

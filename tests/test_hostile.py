@@ -411,6 +411,19 @@ larger pictures: prepare --images-dir in --scale 64 --degradation pillow --eval 
 a.png: prepare --images-dir in/a.png --scale 3 --output-path new/x/a.h5
 bad.zip: prepare --download new --archive bad.zip
 --max-pixels: prepare --images-dir in --scale 3 --output-path new/x/a.h5 --max-pixels 100
+bad.png: prepare --images-dir spoilt more --scale 3 --output-path new/x/a.h5 --hold-out 0.5
+bad.png: prepare --images-dir spoilt more --scale 3 --output-path a.h5 --hold-out 0.5 --seed 2
+small.png: test --image-file small.png --eval --csv new/x/a.csv
+--outscale 4.1: test --image-file in/a.png --outscale 4.1
+no such folder: test --image-file in --eval --results none
+no such folder: test --image-file in --eval --lr-dir none
+no such folder: prepare --images-dir in --lr-dir none --scale 3 --output-path new/x/a.h5
+is a folder: test --image-file in --eval --csv new/
+is a folder: test --export new/
+is a folder: prepare --images-dir in --scale 3 --output-path new/
+in/a.png/: test --image-file in more --eval --save-images in/a.png
+in/a.png/: test --image-file in more --output in/a.png/
+in/a.png/: train --train-file train.h5 --outputs-dir in/a.png
 empty: test --image-file ''
 empty: test --image-file in/a.png --eval --lr-dir ''
 empty: test --image-file in/a.png --eval --results ''
@@ -471,6 +484,7 @@ def world(tmp_path_factory, weights, h5_files) -> Path:
     (world / "spoilt/bad.png").write_bytes((world / "in/a.png").read_bytes()[:200])
     (world / "link.png").symlink_to("in/a.png")
     (world / "by").symlink_to("in")
+    Image.new("RGB", (2, 5)).save(world / "small.png")
     Image.fromarray(np.full((40, 40), np.nan, np.float32)).save(world / "nan/nan.tif")
     Image.new("1", (25_000, 3000)).save(world / "wide.png")
     with zipfile.ZipFile(world / "bad.zip", "w") as file:

@@ -340,6 +340,56 @@ def test_a_recipe_sets_defaults_which_typed_flags_override(base):
 # --- resuming -----------------------------------------------------------------------
 
 
+def test_a_picture_that_bicubic_restores_does_not_hide_the_others(call, base, h5_files, tmp_path):
+    file = tmp_path / "eval.h5"
+    shutil.copy(h5_files[1], file)
+    with h5py.File(file, "r+") as opened:
+        for name in "lr", "hr":
+            opened[name]["2"] = np.full((66, 66), 255, np.float32)
+    for name, more in ("out", []), ("flat", ["--eval-file", file]):
+        result = call("train", *base, *more, "--outputs-dir", tmp_path / name)
+        assert (result.status, "1 pictures that bicubic" in result.out) == (0, name == "flat")
+    assert history(tmp_path / "flat/x3")[-1]["psnr"] == history(tmp_path / "out/x3")[-1]["psnr"]
+
+
+def test_a_second_run_in_the_same_folder_is_left_alone(call, base, tmp_path, monkeypatch):
+    evaluate, second = train.evaluate, {}
+
+    def interrupted(*args):  # in the first epoch of the first run a second one begins and ends
+        monkeypatch.setattr(train, "evaluate", evaluate)
+        if (tmp_path / "out").exists():
+            assert call("train", *base, "--num-epochs", 1, "--seed", 4).status == 0
+            second.update(tree(tmp_path / "out/x3"))
+        else:
+            monkeypatch.setattr(train, "evaluate", interrupted)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    assert refused(call("train", *base), "out/x3", "another train.py")
+    assert tree(tmp_path / "out/x3") == second != {}
+    assert call("train", "--resume", tmp_path / "out/x3-1/last.pth").status == 0
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth"])
+def test_a_resumed_run_overwrites_no_other(call, base, tmp_path, name):
+    call("train", *base)
+    other = tmp_path / "other/x3" / name
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"another's")
+    before, last = tree(tmp_path), tmp_path / "out/x3/last.pth"
+    result = call("train", "--resume", last, "--outputs-dir", tmp_path / "other")
+    assert refused(result, "other", "another run")
+    assert tree(tmp_path) == before
+
+
+def test_a_run_whose_reader_has_gone_ends_after_it_has_saved(base, tmp_path):
+    process = start(ROOT / "train.py", *base, "--num-epochs", 100_000)
+    process.stdout.readline()
+    process.stdout.close()  # as `| head -1`
+    assert (process.wait(timeout=60), process.stderr.read()) == (141, "")
+    assert len(history(tmp_path / "out/x3")) == 1
+
+
 def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
     constant = [*base, "--schedule", "constant"]
     call("train", *constant, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
@@ -549,7 +599,8 @@ def test_tensorboard_gets_the_history_and_a_picture(call, base, h5_files, tmp_pa
 
 
 def test_tensorboard_says_how_to_install_it_where_it_is_not(call, base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     assert refused(call("train", *base, "--tensorboard"), "pip install tensorboard")
 
 
@@ -559,7 +610,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def test_two_processes_train_as_one(base, tmp_path):
-    base += ["--num-epochs", 1, "--batch-size", 8]
+    base = [*base[: base.index("--num-epochs")], "--steps", 6, "--batch-size", 8]
     spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "one", env=ONE_THREAD)
     probe = tmp_path / "probe.py"  # train.py, and then what each rank holds
     probe.write_text(
@@ -579,8 +630,11 @@ def test_two_processes_train_as_one(base, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 1 ") == 1  # only one rank prints
     ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
-    alone = torch.load(tmp_path / "one/x3/last.pth", weights_only=True)["model"]
-    untrained = SRCNN(1, (8, 4), (5, 3, 5))
+    alone, shared = (
+        torch.load(tmp_path / name / "x3/last.pth", weights_only=True) for name in ("one", "two")
+    )
+    assert alone["counters"]["steps"] == shared["counters"]["steps"] == 6
+    alone, untrained = alone["model"], SRCNN(1, (8, 4), (5, 3, 5))
     assert list(ranks[0]) == list(untrained.state_dict())
     for name in alone:
         assert torch.equal(ranks[0][name], ranks[1][name])
@@ -627,10 +681,9 @@ def test_the_kept_score_is_rounded_and_shaved():
     torch.manual_seed(3)
     model = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5), init="default")
     ilr, hr = noise(30, 30), np.rint(noise(30, 30, seed=1))
-    score, restored = train.evaluate(model, [Pair(ilr, hr)], 4)
+    score = train.evaluate(model, [Pair(ilr, hr)], 4)
     expected = np.clip(np.floor(restore(model, ilr) + 0.5), 0, 255)
     mse = np.mean((expected - hr)[4:-4, 4:-4].astype(np.float64) ** 2)
-    assert np.array_equal(restored, restore(model, ilr))
     assert score == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-6)
 
 

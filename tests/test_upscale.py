@@ -353,8 +353,9 @@ def test_output_that_cannot_be_written_is_refused(call, low, tmp_path):
     assert sorted(tree(tmp_path)) == [low.name]
 
 
-def test_a_full_disk_is_refused_and_leaves_the_old_file(low, tmp_path):
-    old = tmp_path / "out.png"
+@pytest.mark.parametrize("name", ["out.png", "out.jpg", "out.jp2"])
+def test_a_full_disk_is_refused_and_leaves_the_old_file(low, tmp_path, name):
+    old = tmp_path / name
     Image.new("L", (3, 3)).save(old)
     before = tree(tmp_path)
     result = spawn("-c", FULL_DISK, ROOT / "test.py", "--image-file", low, "--output", old)
