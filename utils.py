@@ -606,7 +606,7 @@ def add_picture_flags(group: argparse._ArgumentGroup) -> None:
 def check_picture_flags(args: argparse.Namespace) -> list[Path]:
     """Check and apply the flags of add_picture_flags; returns the pictures of --lr-dir."""
     Image.MAX_IMAGE_PIXELS = args.max_pixels
-    if args.range and not -math.inf < args.range[0] < args.range[1]:
+    if args.range and not 1e-30 < args.range[1] - args.range[0] < 1e30:
         raise InputError("--range: LOW must be below HIGH")
     return images_in([args.lr_dir]) if args.lr_dir is not None else []
 

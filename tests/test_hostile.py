@@ -446,7 +446,7 @@ scale 64, scale 999999, tile 999999, tile 0, outscale 1e300, outscale nan, back-
 back-projection 999999, output new/x/a.jpg, output new/x/a.webp, device cuda, device cuda:99
 prepare --synthetic 1 --scale 2 --output-path new/x/a.h5
 scale 999999, patch-size 999999, patch-size 500, stride 999999, stride 0, synthetic 9999999999
-shrink nan, seed 100, range nan 1, hold-out 0.5
+shrink nan, seed 100, range nan 1, range 0 1e-40, hold-out 0.5
 TRAIN
 scale 999999, filters 9999999999 9999999999, filters 99999999999999999999 4, warmup nan
 seed 9999999999999, minutes inf, ema nan, batch-size 0, device cuda, device meta, lr -1
