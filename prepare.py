@@ -200,8 +200,8 @@ def write_h5(
                 if len(steps) > 1:
                     raise InputError(f"{name}: has another depth than those before; use one kind")
             if not count:
-                cure = "lower --patch-size or name larger pictures"
-                raise InputError(f"no picture is large enough; {cure}")
+                cure = "lower it or name larger pictures"
+                raise InputError(f"--patch-size, --scale: no picture is large enough; {cure}")
             file.attrs.update(attributes)
             if append is append_picture:
                 file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
@@ -363,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
     inputs = [] if args.synthetic else [*names, *partners]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
     done = []
-    with ExitStack() as files:  # all appear, or none
+    with ExitStack() as files:  # none appears before all are made
         for path, chosen, whole_pictures in jobs:
             attributes = {"scale": args.scale, "version": VERSION}
             attributes["degradation"] = "given" if partners else args.degradation

@@ -64,7 +64,8 @@ def weights_path(args: argparse.Namespace) -> Path:
     if not path.is_file():
         names = (found.stem for found in path.parent.glob(f"{prefix}*.pth"))
         scales = ", ".join(sorted(name.removeprefix(prefix) for name in names))
-        asked = f"--outscale {args.outscale:g}" if args.outscale else f"--scale {args.scale}"
+        asked = f"--outscale {args.outscale:g}, " if args.outscale else ""
+        asked += f"--scale {args.scale}"
         cure = "choose one or pass --weights-file"
         raise InputError(f"{asked}: there are weights for {scales}; {cure}")
     return path
@@ -186,8 +187,9 @@ def save_options(path: Path, mode: str, size: list[int]) -> dict:
 def save_image(image: Image.Image, path: Path, options: dict) -> None:
     """Write a picture in the format of its extension, whole or not at all."""
     encoded = io.BytesIO()  # to files Pillow's encoders write on where a disk is full
+    encoded.name = path.name
     try:
-        image.save(encoded, Image.registered_extensions()[path.suffix.lower()], **options)
+        image.save(encoded, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be written ({error}); use .png") from error
     write_whole(path, encoded.getbuffer())
@@ -213,7 +215,7 @@ def evaluate_files(args: argparse.Namespace, partners: list[Path]) -> int:
         """The rows of a picture, or of all pictures of an evaluation file."""
         rows = []
         for name, pair in known_pairs(path, paths, partners, args, channels):
-            with naming(name):
+            with naming(path.parent / name):
                 least = 11 + 2 * args.scale * (args.scale > 1)
                 if min(pair.hr.shape[-2:]) < least:
                     raise InputError(f"too small to measure; needs {least} pixels")
@@ -404,7 +406,8 @@ def main(args: argparse.Namespace) -> int:
     if args.outscale and args.eval:
         raise InputError("--outscale: goes without --eval")
     if args.outscale and args.outscale > args.scale:
-        raise InputError(f"--outscale {args.outscale:g}: the network's scale is {args.scale}")
+        limit = f"the network's scale is {args.scale}; lower it"
+        raise InputError(f"--outscale {args.outscale:g}: {limit}")
     return evaluate_files(args, partners) if args.eval else enlarge_files(args)
 
 

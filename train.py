@@ -71,7 +71,7 @@ def train(
     """
     distributed = "RANK" in os.environ
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    batches, pairs, data = load_data(args, device, rank, world_size)
+    batches, pairs, data, bicubic = load_data(args, device, rank, world_size)
     torch.manual_seed(args.seed)
     model = initial_model(args, batches.patches.patch_shape[0])
     model = model.to(device, memory_format=torch.channels_last)
@@ -88,7 +88,8 @@ def train(
     elif rank == 0:
         counters.best = evaluate(average, pairs, args.scale)
     held = picture_filters(model) if args.optimizer == "muon" else []
-    last, written = folder / "last.pth", None
+    last = folder / "last.pth"
+    written = last.read_bytes() if checkpoint and last.exists() else None
     network = DistributedDataParallel(model) if distributed else model
 
     def save() -> None:
@@ -97,7 +98,7 @@ def train(
         check_finite(counters, optimizers)
         if rank == 0:
             if written and last.exists() and last.read_bytes() != written:
-                reason = f"another train.py has begun in {folder}, and moved this run's files aside"
+                reason = f"another train.py writes to {folder} now"
                 raise InputError(f"--outputs-dir: {reason}; name another folder")
             state = {"version": VERSION, "args": vars(args), "counters": asdict(counters)}
             state |= {"data": data, "ran": {"bf16": bool(bf16), "world_size": world_size}}
@@ -118,8 +119,7 @@ def train(
                 save()
         where = "streamed" if batches.stream else f"on {device}"
         if pairs:
-            scores = (shaved_psnr(p.ilr, p.hr, args.scale, p.step) for p in pairs)
-            against = f"bicubic has {fmean(scores):.2f} dB"
+            against = f"bicubic has {bicubic:.2f} dB"
         print(f"{len(batches.patches)} patches {where}; {against}", flush=True)
     board = open_board(folder) if args.tensorboard and rank == 0 else None
     received = remember_signals()
@@ -189,11 +189,11 @@ def train(
         counters.epoch, counters.step, counters.loss_sum = counters.epoch + 1, 0, 0.0
         save()
         if rank == 0:
+            if args.save_every and row["epoch"] % args.save_every == 0:
+                write_whole(folder / f"epoch_{row['epoch']}.pth", to_bytes(weights_of(average)))
             text = "epoch {epoch}  loss {loss:.6f}" + "  PSNR {psnr:.3f} dB" * bool(pairs)
             text += "  learning rate {learning_rate:.2g}  {seconds:.1f} s"
             print(text.format(**row), flush=True)
-            if args.save_every and row["epoch"] % args.save_every == 0:
-                write_whole(folder / f"epoch_{row['epoch']}.pth", to_bytes(weights_of(average)))
         if distributed:
             agree(counters, received, loss_sum)
     if rank == 0:
@@ -411,8 +411,8 @@ VERSION = 2  # of last.pth
 
 def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
-) -> tuple[Batches, list[Pair], dict]:
-    """Batches, pairs to evaluate on, and what both files say of themselves."""
+) -> tuple[Batches, list[Pair], dict, float]:
+    """Batches, pairs to evaluate on, what both files say of themselves, and bicubic's PSNR."""
     if args.batch_size % world_size:
         raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
@@ -427,19 +427,24 @@ def load_data(
         raise InputError(f"{args.eval_file}: has other channels than --train-file")
     if any(min(p.hr.shape[-2:]) <= 2 * args.scale for p in pairs):
         raise InputError(f"{args.eval_file}: holds a picture too small to measure")
+    shapes = [list(pair.hr.shape) for pair in pairs]
     scores = [shaved_psnr(p.ilr, p.hr, args.scale, p.step) for p in pairs]
-    pairs = [pair for pair, score in zip(pairs, scores) if score < math.inf]
-    if len(pairs) < len(scores) and rank == 0:  # of one colour; their PSNR would hide the others'
-        flat = f"{len(scores) - len(pairs)} pictures that bicubic restores do not count"
-        print(f"{args.eval_file}: {flat}", flush=True)
+    if math.inf in scores:  # of one colour: such a PSNR would hide what the others have
+        pairs = [pair for pair, score in zip(pairs, scores) if score < math.inf]
+        scores = [score for score in scores if score < math.inf]
+        if not scores:
+            raise InputError(f"{args.eval_file}: bicubic restores all pictures; name others")
+        if rank == 0:
+            flat = f"{len(shapes) - len(pairs)} pictures that bicubic restores do not count"
+            print(f"{args.eval_file}: {flat}", flush=True)
     flow = {"num_workers": args.num_workers, "stream": args.stream}
     flow |= {"augment": args.augment, "crop": halo, "rank": rank, "world_size": world_size}
     batches = Batches(patches, args.batch_size, args.seed, device, **flow)
     data = {
         "train": {"shape": [len(patches), *patches.patch_shape], **patches.attributes},
-        "eval": {"shape": [list(p.hr.shape) for p in pairs], **attributes},
+        "eval": {"shape": shapes, **attributes},
     }
-    return batches, pairs, data
+    return batches, pairs, data, fmean(scores) if scores else -math.inf
 
 
 def holds_run(folder: Path) -> bool:
@@ -695,8 +700,9 @@ def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
     inside = os.path.join(os.path.realpath(folder), "")
     if not checkpoint and any(os.path.realpath(path).startswith(inside) for path in files):
         raise InputError(f"--outputs-dir: {folder} holds the h5 files; name another folder")
-    last = os.path.realpath(folder / "last.pth")
-    if checkpoint and holds_run(folder) and last != os.path.realpath(args.resume):
+    last = folder / "last.pth"
+    own = checkpoint and last.exists() and last.samefile(args.resume)
+    if checkpoint and holds_run(folder) and not own:
         raise InputError(f"--outputs-dir: {folder} holds another run; name another folder")
     device = pick_device(args.device, args.tf32)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape

@@ -235,10 +235,11 @@ def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path
 
 def images_in(folders: Iterable[str | Path], results: bool = False) -> list[Path]:
     """find_images, of folders alone."""
-    for folder in expand(folders):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; name one of pictures")
-    return find_images(folders, results)
+    paths = expand(folders)
+    for path in paths:
+        if not path.is_dir():
+            raise InputError(f"{path}: no such folder; name one of pictures")
+    return find_images(paths, results)
 
 
 def find_partner(
@@ -248,7 +249,7 @@ def find_partner(
 
     That is the one of the same stem, else the only one whose stem goes on after it (0801x3
     or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale, else the
-    only one in a folder of the same name; where other `paths` have the stem, always in that.
+    only one in a folder of the same name; where other folders have the stem, always in that.
 
     Raises:
         InputError: none, or several.
@@ -256,7 +257,7 @@ def find_partner(
     pattern = re.compile(re.escape(path.stem) + r"([-_x].*)?")
     others = {p.stem for p in paths} - {path.stem}
     found = [p for p in candidates if pattern.fullmatch(p.stem) and p.stem not in others]
-    if sum(p.stem == path.stem for p in paths) > 1:
+    if any(p.stem == path.stem and p.parent != path.parent for p in paths):
         found = [p for p in found if p.parent.name == path.parent.name]
     for fits in (
         lambda p: p.stem == path.stem,
@@ -267,7 +268,7 @@ def find_partner(
         matching = [p for p in found if fits(p)]
         if len(matching) == 1:
             return matching[0]
-    number = f"{len(found)} pictures fit it" if found else "no picture of its name"
+    number = f"{len(found)} pictures fit it" if found else "no picture of its name or folder"
     where = f"{flag} {candidates[0].parent}"
     raise InputError(f"{path}: {number} in {where}; name its partner {path.stem}.*")
 
@@ -488,7 +489,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if Path(path).exists() and not Path(path).is_file():  # a pipe, a device: written as it is
             yield Path(path)
             return
-        folder = next(folder for folder in target.parents if folder.exists())
+        folder = next((f for f in target.parents if f.exists()), target.parent)
         partial = folder / f".part-{uuid.uuid4().hex}"
         LEFTOVERS.append(partial)
         partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
@@ -587,6 +588,10 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"{' '.join(argv[: argv.index('')][-1:])} '': is empty; give it a value")
         return super().parse_args(argv)
 
+    def exit(self, status: int = 0, message: str | None = None) -> None:
+        print(end="", flush=True)  # what --help prints: here run() sees an error
+        super().exit(status, message)
+
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -608,7 +613,7 @@ def check_picture_flags(args: argparse.Namespace) -> list[Path]:
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.range and not 1e-30 < args.range[1] - args.range[0] < 1e30:
         raise InputError("--range: LOW must be below HIGH")
-    return images_in([args.lr_dir]) if args.lr_dir is not None else []
+    return images_in([args.lr_dir], results=True) if args.lr_dir is not None else []
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -645,12 +650,14 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         report(error)
     except ImportError as error:  # of a package that requirements.txt does not list
-        report(InputError(f"{error}; pip install {error.name}"))
+        report(InputError(f"{error}; pip install {error.name or 'what is missing'}"))
     except BrokenPipeError:  # who reads what is printed has had enough, like `head`
         exit_by_signal(13, None)
     except OSError as error:
-        report(InputError(f"{error.filename or 'stdout'}: {error.strerror}; name another place"))
-        sys.stdout = sys.stdout if error.filename else None  # or the end would try to print, too
+        where = error.filename or "stdout or the system"
+        report(InputError(f"{where}: {error.strerror or error}; name another place"))
+        if not error.filename:
+            sys.stdout = None  # or the end would try to print, too
     sys.exit(status)
 
 

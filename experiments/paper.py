@@ -8,11 +8,13 @@ python experiments/figures.py                     # pictures of what they found
 
 import argparse
 import csv
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -160,8 +162,8 @@ def call(script: str, *words: object) -> None:
 
 
 def stem(folder: str) -> str:
-    """A folder's path as a part of a file's name."""
-    return re.sub(r"[^\w.]+", "-", folder).strip("-")
+    """A folder's name, and a number for its place: others may have the name, too."""
+    return f"{Path(folder).name}-{zlib.crc32(os.path.realpath(folder).encode()):08x}"
 
 
 def h5_file(args: argparse.Namespace, name: str, scale: int, *flags: object) -> Path:
@@ -461,16 +463,18 @@ def main(args: argparse.Namespace) -> None:
         )
     chosen = list(EXPERIMENTS) if "all" in chosen else chosen
     path = Path(args.results)
-    images_in([args.images_dir, *args.sets])
     sets = {Path(known).name for known in args.sets}
-    check_outputs([("--results", path)], [])
+    check_outputs([("--results", args.results)], [])
     rows = read_results(path)
     jobs = [(e, v, seed) for e in chosen for v in EXPERIMENTS[e] for seed in args.seeds]
     for i, (experiment, variant, seed) in enumerate(jobs, 1):
         print(f"\n[{i}/{len(jobs)}] {experiment}: {variant.name}, seed {seed}", flush=True)
         done = matching(rows, args, experiment, variant)
-        if any(row["seed"] == str(seed) and row["set"].split()[0] in sets for row in done):
+        of_seed = [row["set"] for row in done if row["seed"] == str(seed)]
+        if sets & {part for name in of_seed for part in (name, name.rpartition(" ")[0])}:
             continue
+        if variant.function != "draw":
+            images_in(args.sets)
         known = dict.fromkeys(COLUMNS) | {"experiment": experiment, "variant": variant.name}
         known |= {"seed": seed, "commit": commit()}
         found = list(globals()[variant.function](args, variant, seed))

@@ -133,7 +133,16 @@ def test_bad_input_is_one_line(argv, tmp_path):
     other.write_text("name,value\na,1\n")
     assert refused(result_of("speed", *argv), str(other), "columns")
     assert other.read_text() == "name,value\na,1\n"
+    other.write_text("")
+    assert refused(result_of("speed", *argv), str(other), "columns")
     other.unlink()
-    missing = result_of("sizes", *argv, "--images-dir", tmp_path / "none")
-    assert refused(missing, "none", "no such folder")
+    for flag in "--images-dir", "--sets":
+        missing = result_of("sizes", *argv, flag, tmp_path / "none")
+        assert refused(missing, "none", "no such folder")
     assert not tree(tmp_path)
+
+
+def test_what_is_known_is_printed_without_a_picture(tmp_path):
+    result = spawn(ROOT / "experiments/paper.py", "data", "seen", cwd=tmp_path)
+    assert (result.returncode, result.stderr, tree(tmp_path)) == (0, "", {})
+    assert "an eighth of T91" in result.stdout

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from models import SRCNN
 
-ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 TEST = "test --weights-file small.pth --image-file "
 TRAIN = "train --train-file train.h5 --eval-file eval.h5 --batch-size 4 --outputs-dir out "
@@ -504,6 +504,13 @@ def world(tmp_path_factory, weights, h5_files) -> Path:
     for kind, content in zip(KINDS, spoilt, strict=True):
         torch.save(content, world / f"{kind}.pth")
     return world
+
+
+@pytest.mark.parametrize("line", ["prepare --help", "test --help", TEST + "in --output new/"])
+def test_a_reader_who_goes_away_gets_no_traceback(line):
+    process = start(*script(line))
+    process.stdout.close()
+    assert (process.wait(timeout=60), process.stderr.read()) == (141, "")
 
 
 @pytest.mark.parametrize(("word", "line"), cases())

@@ -134,7 +134,7 @@ def test_partner_missing_ambiguous_or_of_another_size_is_one_line(call, flags):
     assert refused(call(*argv), "HR/img.png", "LR/img.png")
     save("LR/img.png", grey(0, 16, 16))
     save("HR/more/img.png", grey(0, 48, 48))  # to which of them does the partner belong?
-    assert "HR/img.png: no picture of its name in" in call(*argv).err
+    assert "error: HR/img.png: no picture of its name or folder in" in call(*argv).err
     Path("LR/img.png").unlink(), Path("HR/img_2.png").unlink()
     for folder in "HR", "more":
         save(f"LR/{folder}/img.png", grey(0, *[48 if second == "--results" else 16] * 2))

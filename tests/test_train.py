@@ -349,6 +349,11 @@ def test_a_picture_that_bicubic_restores_does_not_hide_the_others(call, base, h5
     for name, more in ("out", []), ("flat", ["--eval-file", file]):
         result = call("train", *base, *more, "--outputs-dir", tmp_path / name)
         assert (result.status, "1 pictures that bicubic" in result.out) == (0, name == "flat")
+    with h5py.File(file, "r+") as opened:
+        for name in "lr/0", "lr/1", "hr/0", "hr/1":
+            del opened[name]
+    result = call("train", *base, "--eval-file", file, "--outputs-dir", tmp_path / "none")
+    assert refused(result, str(file), "bicubic restores all")
     assert history(tmp_path / "flat/x3")[-1]["psnr"] == history(tmp_path / "out/x3")[-1]["psnr"]
 
 
@@ -383,11 +388,12 @@ def test_a_resumed_run_overwrites_no_other(call, base, tmp_path, name):
 
 
 def test_a_run_whose_reader_has_gone_ends_after_it_has_saved(base, tmp_path):
-    process = start(ROOT / "train.py", *base, "--num-epochs", 100_000)
+    process = start(ROOT / "train.py", *base, "--num-epochs", 100_000, "--save-every", 1)
     process.stdout.readline()
     process.stdout.close()  # as `| head -1`
     assert (process.wait(timeout=60), process.stderr.read()) == (141, "")
     assert len(history(tmp_path / "out/x3")) == 1
+    assert (tmp_path / "out/x3/epoch_1.pth").is_file()
 
 
 def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
