@@ -9,6 +9,7 @@ Needs experiments/requirements.txt. Filters and curves are ours; the photograph 
 import argparse
 import io
 import sys
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -70,10 +71,14 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
     """PSNR over the number of parameters: ours, and what the paper reports from ImageNet."""
     rows = read_results(Path(args.results))
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    looks = ("sizes", "o", (7, -4)), ("filters", "s", (-6, 6)), ("depth", "^", (4, 5))
-    for experiment, marker, place in looks:
+    looks = (
+        ("sizes", "o", [(7, -4)]),
+        ("filters", "s", [(-6, 6)]),
+        ("depth", "^", [(4, 5), (-4, 5)]),
+    )
+    for experiment, marker, places in looks:
         points, papers = [], []
-        for variant in EXPERIMENTS[experiment]:
+        for variant, place in zip(EXPERIMENTS[experiment], cycle(places)):
             found = matching(rows, args, experiment, variant)
             found = [row for row in found if row["set"] == "Set5"]
             if found:
@@ -100,7 +105,7 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
     axes.set_xticks([4000, 8000, 16000, 32000, 64000])
     axes.get_xaxis().set_major_formatter("{x:.0f}")
     axes.get_xaxis().set_minor_formatter("")
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower right", fontsize=8)
     save(figure, path)
 
 
