@@ -192,7 +192,7 @@ def save_image(image: Image.Image, path: Path, options: dict) -> None:
         image.save(encoded, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be written ({error}); use .png") from error
-    write_whole(path, encoded.getbuffer())
+    write_whole(path, encoded.getvalue())
 
 
 # --- evaluate -------------------------------------------------------------------------------

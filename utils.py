@@ -524,7 +524,7 @@ def clear_up() -> None:
             path.unlink()
 
 
-def write_whole(path: str | Path, content: bytes | memoryview) -> None:
+def write_whole(path: str | Path, content: bytes) -> None:
     """Write bytes to a file that appears whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
