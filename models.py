@@ -22,8 +22,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, Planes, available_memory, decode, fill_transparent, reading
-from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
+from utils import InputError, Planes, available_memory, decode, fill_transparent, needing
+from utils import reading, resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
 
@@ -150,11 +150,11 @@ def to_onnx(model: SRCNN, scale: int) -> bytes:
     are also stands in the file's metadata.
 
     Raises:
-        ImportError: the package onnx is not installed.
+        InputError: the package onnx is not installed.
     """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
+    with needing("onnx", "--export"):
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
     kernels = [str(layer.kernel_size[0]) for layer in model.layers]
     pads = np.array(2 * [0, 0, model.halo, model.halo])
     tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}

@@ -256,7 +256,7 @@ def known_pairs(
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
     """What the network makes of a pair: by the protocol, and as users get it."""
-    if model.num_channels != (1 if pair.hr.ndim == 2 else len(pair.hr)):
+    if model.num_channels != pair.num_channels:
         raise InputError(f"has other channels than {weights_path(args)}; take other weights")
     pictures = {"srcnn": restore(model, pair.ilr, args.tile)}
     if pair.lr is not None:
@@ -279,8 +279,7 @@ def read_result(result: Path, path: Path, hr: np.ndarray, args: argparse.Namespa
 
 def score(name: str, pair: Pair, pictures: dict[str, np.ndarray], scale: int) -> dict:
     """The row of scores of a picture, taken as ground truth; in colour also PSNR over RGB."""
-    colour = pair.hr.ndim == 3 and len(pair.hr) == 3
-    row = {"image": name, "scale": scale}
+    row, colour = {"image": name, "scale": scale}, pair.num_channels == 3
     for method, picture in pictures.items():
         shaved = [shave(p, scale) for p in (to_8bit(picture, pair.step), pair.hr)]
         luma = [rounded_luma(p, pair.step) for p in shaved] if colour else shaved

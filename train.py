@@ -38,7 +38,7 @@ from tqdm import tqdm
 from datasets import Batches, H5Patches, read_eval_pairs, symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, exit_by_signal, number, on_stop_signals, run
-from utils import Pair, expand, reading, shaved_psnr, to_8bit, write_csv, write_whole
+from utils import Pair, expand, needing, reading, shaved_psnr, to_8bit, write_csv, write_whole
 
 if dist.is_available():
     # Imported after the process group is made, as an optimizer would do it, its functions'
@@ -423,7 +423,7 @@ def load_data(
     if len(patches) < world_size:
         raise InputError(f"{args.train_file[0]}: holds fewer patches than processes")
     channels = patches.patch_shape[0]
-    if any((1 if p.hr.ndim == 2 else len(p.hr)) != channels for p in pairs):
+    if any(pair.num_channels != channels for pair in pairs):
         raise InputError(f"{args.eval_file}: has other channels than --train-file")
     if any(min(p.hr.shape[-2:]) <= 2 * args.scale for p in pairs):
         raise InputError(f"{args.eval_file}: holds a picture too small to measure")
@@ -553,9 +553,9 @@ def load_run(
 
 
 def open_board(folder: Path) -> object:
-    """TensorBoard's writer; an ImportError where it is not installed."""
-    from torch.utils.tensorboard import SummaryWriter
-
+    """TensorBoard's writer; an InputError where it is not installed."""
+    with needing("tensorboard", "--tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter(folder / "tensorboard")
 
 

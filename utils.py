@@ -164,6 +164,15 @@ def naming(path: object) -> Iterator[None]:
 
 
 @contextmanager
+def needing(package: str, flag: str) -> Iterator[None]:
+    """Import inside it what requirements.txt does not list and one flag alone needs."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{flag}: needs {package}; pip install {package}") from error
+
+
+@contextmanager
 def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
     """The one boundary of every input file: whatever a decoder raises becomes one line.
 
@@ -408,6 +417,11 @@ class Pair:
     lr: np.ndarray | None = None
     step: float = 1.0
 
+    @property
+    def num_channels(self) -> int:
+        """C, which is 1 for H x W."""
+        return 1 if self.hr.ndim == 2 else len(self.hr)
+
 
 def bicubic_pair(hr: np.ndarray, step: float, scale: int) -> Pair:
     """The protocol's pair, steps 2 and 3; empty where the picture is smaller than the scale."""
@@ -505,8 +519,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         if partial:
-            with suppress(OSError):
-                partial.unlink()
+            clear_up([partial])
             LEFTOVERS.remove(partial)
 
 
@@ -517,9 +530,9 @@ class Untouched(Exception):
 LEFTOVERS: list[Path] = []  # partial files, to be removed at any end
 
 
-def clear_up() -> None:
+def clear_up(paths: Iterable[Path]) -> None:
     """Remove partial files, if they were not renamed."""
-    for path in LEFTOVERS:
+    for path in paths:
         with suppress(OSError):
             path.unlink()
 
@@ -649,8 +662,6 @@ def run(main: Callable[[], int | None]) -> None:
         status = done
     except InputError as error:
         report(error)
-    except ImportError as error:  # of a package that requirements.txt does not list
-        report(InputError(f"{error}; pip install {error.name or 'what is missing'}"))
     except BrokenPipeError:  # who reads what is printed has had enough, like `head`
         exit_by_signal(13, None)
     except OSError as error:
@@ -671,7 +682,7 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 def exit_by_signal(signum: int, frame: object) -> None:
     """A signal handler that ends the program at once, wherever it is; nothing partial is left."""
-    clear_up()
+    clear_up(LEFTOVERS)
     os._exit(128 + signum)
 
 

@@ -463,15 +463,14 @@ def main(args: argparse.Namespace) -> None:
         )
     chosen = list(EXPERIMENTS) if "all" in chosen else chosen
     path = Path(args.results)
-    sets = {Path(known).name for known in args.sets}
+    sets = {f"{Path(s).name} {plane}".strip() for s in args.sets for plane in ("", *PLANES)}
     check_outputs([("--results", args.results)], [])
     rows = read_results(path)
     jobs = [(e, v, seed) for e in chosen for v in EXPERIMENTS[e] for seed in args.seeds]
     for i, (experiment, variant, seed) in enumerate(jobs, 1):
         print(f"\n[{i}/{len(jobs)}] {experiment}: {variant.name}, seed {seed}", flush=True)
         done = matching(rows, args, experiment, variant)
-        of_seed = [row["set"] for row in done if row["seed"] == str(seed)]
-        if sets & {part for name in of_seed for part in (name, name.rpartition(" ")[0])}:
+        if any(row["seed"] == str(seed) and row["set"] in sets for row in done):
             continue
         if variant.function != "draw":
             images_in(args.sets)

@@ -43,7 +43,7 @@ def test_the_file_says_what_it_is(call, tmp_path):
 def test_without_the_package_a_line_says_so(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = call("test", "--export", tmp_path / "x.onnx", "--scale", 3)
-    assert refused(result, "pip install onnx")
+    assert refused(result, "--export", "pip install onnx")
     assert not tree(tmp_path)
 
 

@@ -607,7 +607,8 @@ def test_tensorboard_gets_the_history_and_a_picture(call, base, h5_files, tmp_pa
 def test_tensorboard_says_how_to_install_it_where_it_is_not(call, base, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    assert refused(call("train", *base, "--tensorboard"), "pip install tensorboard")
+    result = call("train", *base, "--tensorboard")
+    assert refused(result, "--tensorboard", "pip install tensorboard")
 
 
 # --- several processes --------------------------------------------------------------
