@@ -1,9 +1,9 @@
-"""SRCNN: the network, its loading from a file, and its run over pictures of any size.
+"""SRCNN: the network, its weights files, and its application to images of any size.
 
-model = SRCNN()                             # 9-5-5, 64 and 32 filters, the paper's best
-model = load_srcnn("weights/srcnn_x3.pth")  # shapes are read from the file
-y = restore(model, ilr)                     # grey levels 0..255, tile by tile
-large = enlarge(Image.open("photo.jpg"), model, scale=3)
+model = SRCNN()                             # 9-5-5 with 64 and 32 filters, the paper's best
+model = load_srcnn("weights/srcnn_x3.pth")  # the architecture is read from the file
+sr = restore(model, ilr)                    # grey levels 0..255, tile by tile
+large = upscale(Image.open("photo.jpg"), model, scale=3)
 """
 
 import itertools
@@ -22,8 +22,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, Planes, available_memory, decode, fill_transparent, needing
-from utils import reading, resize, rgb_to_ycbcr, ycbcr_to_rgb
+from utils import InputError, Planes, decode, fill_transparent, open_input, optional_import
+from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
 
@@ -36,13 +36,13 @@ class SRCNN(nn.Module):
 
     Args:
         num_channels: 1 for luma, 3 for RGB.
-        filters: outputs of every layer but the last.
-        kernel_sizes: odd sides, one more than `filters`: (9, 5, 5), (9, 1, 1, 5), ...
-        init: "identity" (the untrained network returns its input), "gaussian" (the
-            paper's) or "default" (PyTorch's).
+        filters: output channels of every layer but the last.
+        kernel_sizes: odd, one more than `filters`: (9, 5, 5), (9, 1, 1, 5), ...
+        init: "identity" (the untrained network returns its input), "gaussian" (the paper's)
+            or "default" (PyTorch's).
 
     Raises:
-        ValueError: numbers that make no network, or an unknown `init`.
+        ValueError: arguments that describe no network, or an unknown `init`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class SRCNN(nn.Module):
         for i, kernel_size in enumerate(kernel_sizes):
             self.add_module(f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size))
         self.num_channels = num_channels
-        self.halo = sum(k // 2 for k in kernel_sizes)
+        self.halo = sum(k // 2 for k in kernel_sizes)  # pixels by which `valid` shrinks each side
         self._initialize(init)
 
     @property
@@ -70,23 +70,25 @@ class SRCNN(nn.Module):
         return list(self.children())
 
     def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
-        """Restore a picture that bicubic interpolation has already enlarged.
+        """Restore an image that bicubic interpolation has upscaled.
 
         Args:
             x: N x C x H x W, grey levels in 0..1.
-            valid: skip the padding, as the paper does in training: then no output
-                depends on an invented border.
+            valid: do not pad, as the paper does in training: no output then depends on pixels
+                outside of the image.
 
         Returns:
             N x C x H x W, or with `valid` N x C x (H - 2 halo) x (W - 2 halo).
         """
         if not valid:
             x = F.pad(x, [self.halo] * 4, mode="replicate")
-        *hidden, last = self.layers
-        for layer in hidden:
+        return self.layers[-1](self.features(x))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the activations in front of the last layer, without padding."""
+        for layer in self.layers[:-1]:
             x = F.relu_(layer(x))
-        fast = x.device.type == "cpu" and not torch.is_grad_enabled()
-        return shifted_sums(last, x) if fast else last(x)
+        return x
 
     @torch.no_grad()
     def _initialize(self, init: str) -> None:
@@ -102,167 +104,139 @@ class SRCNN(nn.Module):
         channels = self.num_channels
         for layer in self.layers[:-1]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.dirac_(layer.weight[:channels])  # the first filters hand the picture through
-        # Tiny, not zero: the other filters then learn from the first step on.
+            nn.init.dirac_(layer.weight[:channels])  # the first filters are the identity
+        # Tiny instead of zero, so that the other filters learn from the first step.
         nn.init.normal_(self.layers[-1].weight, std=1e-5)
         nn.init.dirac_(self.layers[-1].weight[:, :channels])
 
 
 def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
-    """Build the network that a weights file holds; its shapes decide what it is like.
+    """Build the network of a weights file; the architecture is read from the tensors' shapes.
 
     Args:
-        path: a plain state dict (ours or yjn870's), or a checkpoint that holds one as
-            "average" (train.py's running average), "model" or "state_dict".
-        device: where the network goes.
+        path: a plain state dict (ours or yjn870's), or a checkpoint that contains one as "ema"
+            (of our last.pth), "model" or "state_dict".
 
     Raises:
-        InputError: no such file, truncated, no SRCNN, not finite, or holding anything
-            but tensors and plain values.
+        InputError: missing, truncated, not SRCNN's, not finite, or with other objects than
+            tensors and plain values.
     """
-    kind, cure = "weights file of SRCNN: conv1.weight, conv1.bias, ...", "make one with train.py"
-    with reading(path, kind, cure), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an error will say it in one line
+    kind, hint = "weights file of SRCNN: conv1.weight, conv1.bias, ...", "train one with train.py"
+    with open_input(path, kind, hint), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an exception follows
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("average", "model", "state_dict"):
+        for key in ("ema", "average", "model", "state_dict"):  # "average": last.pth of version 2
             if isinstance(state.get(key), dict):
                 state = state[key]
-        # Weights saved from DataParallel carry a prefix.
+        # DataParallel saves names with a prefix.
         state = {re.sub(r"^module\.", "", name): w for name, w in state.items()}
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
         if not all(w.is_floating_point() for w in state.values()):
-            raise TypeError("complex or whole numbers")
+            raise TypeError("weights are not real numbers")
         model = SRCNN(
             num_channels=weights[0].shape[1],
             filters=[w.shape[0] for w in weights[:-1]],
             kernel_sizes=[w.shape[2] for w in weights],
         )
         model.load_state_dict(state)
-        if not all(value.isfinite().all() for value in state.values()):
-            raise InputError("holds NaN or infinity; take another file")
+        if not all(w.isfinite().all() for w in state.values()):
+            raise InputError("contains NaN or infinity; use another file")
     return model.to(device)
-
-
-def to_onnx(model: SRCNN, scale: int) -> bytes:
-    """The content of an ONNX file: Pad, Conv, Relu, ..., Conv, for pictures of any size.
-
-    Its input `ilr` and its output `sr` are N x C x H x W, 0..1, as in SRCNN.forward; what they
-    are also stands in the file's metadata.
-
-    Raises:
-        InputError: the package onnx is not installed.
-    """
-    with needing("onnx", "--export"):
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-    kernels = [str(layer.kernel_size[0]) for layer in model.layers]
-    pads = np.array(2 * [0, 0, model.halo, model.halo])
-    tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}
-    nodes, x = [helper.make_node("Pad", ["ilr", "pads"], ["padded"], mode="edge")], "padded"
-    for i in range(1, len(kernels) + 1):
-        y = "sr" if i == len(kernels) else f"conv{i}"
-        nodes.append(helper.make_node("Conv", [x, f"conv{i}.weight", f"conv{i}.bias"], [y]))
-        if y != "sr":
-            nodes.append(helper.make_node("Relu", [y], [x := f"relu{i}"]))
-    shape = ["N", model.num_channels, "H", "W"]
-    ilr, sr = (helper.make_tensor_value_info(x, TensorProto.FLOAT, shape) for x in ("ilr", "sr"))
-    weights = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
-    graph = helper.make_graph(nodes, "SRCNN", [ilr], [sr], weights)
-    opset = helper.make_opsetid("", 13)
-    exported = helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="SRCNN")
-    what = {1: "luma (BT.601, Y / 255)", 3: "RGB"}.get(model.num_channels, "planes")
-    says = f"ilr: {what} in 0..1, enlarged {scale} times by bicubic, N x C x H x W of any size; "
-    says += "sr: the same, restored, not clipped"
-    properties = {"names": "ilr, sr", "scale": str(scale), "channels": str(model.num_channels)}
-    properties |= {"kernel_sizes": "-".join(kernels), "input": says}
-    helper.set_model_props(exported, properties)
-    onnx.checker.check_model(exported)
-    return exported.SerializeToString()
 
 
 # --- inference ------------------------------------------------------------------------------
 
-TILE = 256  # output pixels a side on a CPU: a core's activations then take 20 MB, not gigabytes
-ACCELERATOR_TILE = 1024  # keeps a GPU busy with 0.6 GB of activations
-BAND = 3 << 20  # output pixels that are enlarged at once: 0.1 GB of planes
+CPU_TILE = 256  # output pixels per side: the activations of a core then take 20 MB
+GPU_TILE = 1024  # keeps a GPU busy with 0.6 GB of activations
+BAND = 3 << 20  # output pixels that are upscaled at once: 0.1 GB of planes
 
 
-def pick_device(name: str | None, tf32: bool = False) -> torch.device:
-    """The device asked for, else this process's GPU where there is one, else the CPU.
+def pick_device(name: str | None = None) -> torch.device:
+    """Return the named device; by default this process's GPU, or the CPU where there is none.
 
     Args:
         name: cpu, cuda (this process's GPU), cuda:1, mps, or None.
-        tf32: whether a GPU may round the factors of float32 products to ten bits.
 
     Raises:
-        InputError: no such device here.
+        InputError: no such device.
     """
-    rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's: the process's number on its machine
+    local_rank = os.environ.get("LOCAL_RANK", "0")  # torchrun's number of this process
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(f"cuda:{int(rank)}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{int(local_rank)}" if name == "cuda" else name)
         torch.empty(1, device=device).cpu()
     except Exception as error:
-        where = f"--device {name}: is not available here (LOCAL_RANK is {rank})"
-        raise InputError(f"{where}; use --device cpu") from error
+        raise InputError(
+            f"--device {name}: not available here (LOCAL_RANK is {local_rank}); use --device cpu"
+        ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return device
 
 
 def restore(
-    model: nn.Module, ilr: np.ndarray, tile: int | None = None, skip: tuple[int, int] = (0, 0)
+    model: nn.Module, ilr: np.ndarray, tile: int | None = None, discard: tuple[int, int] = (0, 0)
 ) -> np.ndarray:
-    """Run the network over a whole picture in tiles that overlap by its halo.
+    """Apply the network to a whole image in tiles that overlap by its halo.
 
-    The picture is the same as in one pass, within 1e-3 grey levels. On the CPU every core
-    works on a tile of its own and waits for no other.
+    The result differs from that of a single pass by less than 1e-3 grey levels. On a CPU each
+    core computes its own tiles.
 
     Args:
+        model: SRCNN or SelfEnsemble.
         ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
-        tile: output pixels a side at most; None picks what is fast on the network's device.
-        skip: rows at the top and at the bottom that nobody needs, and that may stay as they are.
+        tile: output pixels per side; None selects a fast size for the network's device.
+        discard: rows at the top and at the bottom that the caller discards; they are not
+            computed.
 
     Returns:
-        The restored picture, float32, same shape, neither rounded nor clipped.
+        The SR image, float32, of the same shape, neither rounded nor clipped.
 
     Raises:
-        InputError: the weights make values that are not finite.
+        InputError: the weights produce values that are not finite.
     """
     halo, parameter = model.halo, next(model.parameters())
     planes = ilr if ilr.ndim == 3 else ilr[None]
+    if len(planes) != model.num_channels:
+        raise InputError(f"image has {len(planes)} channels, the network {model.num_channels}")
+    on_cpu, threads = parameter.device.type == "cpu", torch.get_num_threads()
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
-    restored = planes.copy()
-    threads = torch.get_num_threads()
-    side, workers = (TILE, threads) if parameter.device.type == "cpu" else (ACCELERATOR_TILE, 1)
-    first, last, columns = skip[0], planes.shape[1] - skip[1], planes.shape[2]
-    sides = last - first, columns
-    height, width = (math.ceil(n / math.ceil(n / (tile or side))) for n in sides)  # equal tiles
+    sr = planes.copy()
+    top, bottom, columns = discard[0], planes.shape[1] - discard[1], planes.shape[2]
+    tile = tile or (CPU_TILE if on_cpu else GPU_TILE)
+    height, width = (math.ceil(n / math.ceil(n / tile)) for n in (bottom - top, columns))
 
     @torch.inference_mode()
     def restore_tile(corner: tuple[int, int]) -> None:
-        top, left = corner
-        patch = padded[:, top : top + height + 2 * halo, left : left + width + 2 * halo]
-        x = torch.from_numpy(np.ascontiguousarray(patch))[None]
-        x = (x.to(parameter.device) / 255).to(parameter.dtype)
-        y = model(x.contiguous(memory_format=torch.channels_last), valid=True)[0]
-        restored[:, top : top + height, left : left + width] = (y.float() * 255).cpu().numpy()
+        y, x = corner
+        patch = padded[:, y : y + height + 2 * halo, x : x + width + 2 * halo]
+        batch = torch.from_numpy(np.ascontiguousarray(patch))[None]
+        batch = (batch.to(parameter.device) / 255).to(parameter.dtype)
+        output = predict(model, batch.contiguous(memory_format=torch.channels_last))[0]
+        sr[:, y : y + height, x : x + width] = (output.float() * 255).cpu().numpy()
 
-    corners = itertools.product(range(first, last, height), range(0, columns, width))
+    corners = itertools.product(range(top, bottom, height), range(0, columns, width))
+    workers = threads if on_cpu else 1
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(restore_tile, corners))
-    torch.set_num_threads(threads)  # parts of what the pool set hold for all
-    if not np.isfinite(restored).all():
-        raise InputError("--weights-file: their output is not finite; take other weights")
-    return restored.reshape(ilr.shape)
+    torch.set_num_threads(threads)  # the workers' setting is partly global
+    if not np.isfinite(sr).all():
+        raise InputError("--weights-file: the network's output is not finite; use other weights")
+    return sr.reshape(ilr.shape)
+
+
+def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return model(x, valid=True); on a CPU the last layer is computed by shifted_sums."""
+    if isinstance(model, SRCNN) and x.device.type == "cpu":
+        return shifted_sums(model.layers[-1], model.features(x))
+    return model(x, valid=True)
 
 
 def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """What a convolution of few outputs gives, 1.3 to 2 times faster on a CPU.
+    """Compute a convolution with few output channels, 1.3 to 2 times faster on a CPU.
 
-    One matrix product makes the k * k products of every pixel, as planes; the result is
-    the sum of these planes, each shifted by its place in the kernel.
+    One matrix product gives the k * k products of every pixel, as planes; the result is the sum
+    of these planes, each shifted by its position in the kernel.
     """
     outputs, channels, k, _ = layer.weight.shape
     pixels = x.permute(0, 2, 3, 1).reshape(len(x), -1, channels).transpose(1, 2)
@@ -276,7 +250,7 @@ def shifted_sums(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 class SelfEnsemble(nn.Module):
-    """The mean over a picture's 8 flips and rotations, each restored and turned back.
+    """The mean over an image's 8 flips and rotations, each restored and transformed back.
 
     Timofte, Rothe, Van Gool, "Seven ways to improve example-based single image super
     resolution", CVPR 2016. Eight times the work.
@@ -286,23 +260,23 @@ class SelfEnsemble(nn.Module):
         super().__init__()
         self.model, self.halo, self.num_channels = model, model.halo, model.num_channels
 
-    def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
-        """As SRCNN.forward."""
+    def forward(self, x: torch.Tensor, valid: bool = True) -> torch.Tensor:
+        """Return what SRCNN.forward returns with `valid`."""
         total = 0
-        for turns, flip in itertools.product(range(4), (False, True)):
-            turned = torch.rot90(x.flip(3) if flip else x, turns, (2, 3))
-            back = torch.rot90(self.model(turned, valid), -turns, (2, 3))
-            total = total + (back.flip(3) if flip else back).float()
+        for rotation, flip in itertools.product(range(4), (False, True)):
+            transformed = torch.rot90(x.flip(3) if flip else x, rotation, (2, 3))
+            output = torch.rot90(predict(self.model, transformed), -rotation, (2, 3))
+            total = total + (output.flip(3) if flip else output).float()
         return total / 8
 
 
-# --- enlarging ------------------------------------------------------------------------------
+# --- upscaling ------------------------------------------------------------------------------
 
 
 def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
-    """Change a restored picture so that reducing it gives the picture that came in.
+    """Adjust an SR image so that downscaling it reproduces the LR image.
 
-    Irani and Peleg, "Improving resolution by image registration", 1991; as a last step in
+    Irani and Peleg, "Improving resolution by image registration", 1991; as the last step in
     Timofte et al., "Seven ways", CVPR 2016. Areas of one colour become exact.
     """
     for _ in range(steps):
@@ -310,7 +284,7 @@ def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
     return sr
 
 
-def enlarge(
+def upscale(
     image: Image.Image | Planes,
     model: nn.Module,
     scale: int,
@@ -318,50 +292,114 @@ def enlarge(
     tile: int | None = None,
     band: int = BAND,
 ) -> Image.Image:
-    """A picture `scale` times as wide and high: grey stays grey, 16 bits stay 16 bits.
+    """Upscale an image; greyscale and 16-bit greyscale are preserved.
 
-    Luma goes through bicubic and the network, chroma and alpha through bicubic alone; all
-    three colours go through a network of three channels.
+    With a luma network (1 channel) chroma is upscaled by bicubic, with an RGB network (3
+    channels) all colours pass through the network; alpha is always upscaled by bicubic.
 
     Args:
-        image: of any of Pillow's modes, or what `decode` makes of it.
-        model: for luma (1 channel) or for RGB (3), as `load_srcnn` gives it.
+        image: an image of any Pillow mode, or the result of `decode`.
+        model: what load_srcnn returns, or SelfEnsemble.
+        scale: whole number; the output is `scale` times as wide and high.
         back_projection: steps, see `back_project`; 0 is the network alone.
-        tile: as of `restore`.
-        band: output pixels in memory at once; the same picture comes out whatever it is.
+        tile: see `restore`.
+        band: output pixels that are in memory at once; the result does not depend on it.
 
     Raises:
-        InputError: a picture and a network that do not go together, or a result that does
-            not fit into the memory.
+        TypeError: an argument of another type, such as a file name.
+        InputError: a scale or a network that cannot be used.
     """
+    if not isinstance(image, Image.Image | Planes):
+        raise TypeError(f"image: must be a PIL image, not {image!r}; open it with open_image")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
+    if scale < 1 or scale != int(scale):
+        raise InputError(f"scale: must be a whole number, not {scale}")
+    if model.num_channels not in (1, 3):
+        raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
     planes = image if isinstance(image, Planes) else decode(image)
     height, width = planes.colour.shape[1:]
-    if 4 * scale**2 * width * height > available_memory():  # Pillow takes four bytes a pixel
-        size = f"{scale * width} x {scale * height}"
-        raise InputError(f"{size} pixels do not fit into the memory; lower --scale")
-    lr, learned = planes.levels(), model.num_channels
-    if learned not in (1, len(lr)):
-        raise InputError("is grey, but these weights are for RGB; take others")
+    lr, num_colours = planes.levels(), len(planes.colour)
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
         lr = np.concatenate([fill_transparent(lr, alpha / 255), alpha])
-    convert = learned == 1 and len(lr) >= 3
-    if convert:
+    luma_only = model.num_channels == 1 and num_colours == 3
+    if luma_only:
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
+        num_colours = 1  # that the network restores
     rows = max(1, band // (scale * scale * width))
-    # Rows that a row depends on: the network's view and bicubic's, and four a back-projection.
-    view = math.ceil(model.halo / scale) + 2
-    back_projection *= scale > 1  # where nothing was reduced it would undo the network
-    margin = view + 4 * back_projection
-    enlarged = Image.new(planes.mode, (scale * width, scale * height))
+    # LR rows that an output row depends on: by the network and bicubic, and by back-projection.
+    network_margin = math.ceil(model.halo / scale) + 2
+    back_projection *= scale > 1  # at scale 1 it would undo the network
+    margin = network_margin + 4 * back_projection
+    result = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
-        skip = scale * view * (first > 0), scale * view * (last < height)
+        discard = scale * network_margin * (first > 0), scale * network_margin * (last < height)
         part = lr[:, first:last]
         sr = resize(part, (scale * part.shape[1], scale * width))
-        restored = restore(model, sr[:learned], tile, skip)
-        sr[:learned] = back_project(restored, part[:learned], back_projection)
-        sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if convert else sr
+        restored = restore_colours(model, sr[:num_colours], tile, discard)
+        sr[:num_colours] = back_project(restored, part[:num_colours], back_projection)
+        sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if luma_only else sr
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
-        enlarged.paste(planes.to_image(sr), (0, scale * top))
-    return enlarged
+        result.paste(planes.to_image(sr), (0, scale * top))
+    return result
+
+
+def restore_colours(
+    model: nn.Module, ilr: np.ndarray, tile: int | None, discard: tuple[int, int]
+) -> np.ndarray:
+    """Return restore(...); an RGB network gets greyscale as three equal channels."""
+    if len(ilr) == 1 and model.num_channels == 3:
+        rgb = restore(model, np.repeat(ilr, 3, axis=0), tile, discard)
+        return rgb.mean(axis=0, keepdims=True)
+    return restore(model, ilr, tile, discard)
+
+
+# --- ONNX -----------------------------------------------------------------------------------
+
+
+def to_onnx(model: SRCNN, scale: int) -> bytes:
+    """Return the content of an ONNX file: Pad, Conv, Relu, ..., Conv, for images of any size.
+
+    Its input `ilr` and its output `sr` are N x C x H x W in 0..1, as in SRCNN.forward; the
+    file's metadata describes them.
+
+    Raises:
+        InputError: the package onnx is not installed.
+    """
+    with optional_import("onnx", "--export"):
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
+    pads = np.array(2 * [0, 0, model.halo, model.halo])
+    tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}
+    nodes = [helper.make_node("Pad", ["ilr", "pads"], ["x0"], mode="edge")]
+    for i, layer in enumerate(model.layers, 1):
+        is_last = i == len(model.layers)
+        conv_output = "sr" if is_last else f"conv{i}"
+        inputs = [f"x{i - 1}", f"conv{i}.weight", f"conv{i}.bias"]
+        # OpenCV up to 4.12 needs the kernel's shape as an attribute.
+        kernel_shape = list(layer.kernel_size)
+        nodes.append(helper.make_node("Conv", inputs, [conv_output], kernel_shape=kernel_shape))
+        if not is_last:
+            nodes.append(helper.make_node("Relu", [conv_output], [f"x{i}"]))
+    shape = ["N", model.num_channels, "H", "W"]
+    ilr, sr = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("ilr", "sr")
+    )
+    weights = [numpy_helper.from_array(value, name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "SRCNN", [ilr], [sr], weights)
+    opset = helper.make_opsetid("", 13)
+    exported = helper.make_model(graph, opset_imports=[opset], ir_version=8, producer_name="SRCNN")
+    content = {1: "luma (BT.601, Y / 255)", 3: "RGB"}.get(model.num_channels, "channels")
+    properties = {
+        "names": "ilr, sr",
+        "scale": str(scale),
+        "channels": str(model.num_channels),
+        "kernel_sizes": "-".join(str(layer.kernel_size[0]) for layer in model.layers),
+        "input": f"ilr: {content} in 0..1, upscaled {scale} times by bicubic, N x C x H x W of "
+        "any size; sr: the same, restored, not clipped",
+    }
+    helper.set_model_props(exported, properties)
+    onnx.checker.check_model(exported)
+    return exported.SerializeToString()

@@ -1,17 +1,12 @@
-"""Make h5 files, of patches to train on and of pictures to evaluate on, by bicubic.
+"""Make h5 files of patches to train on, or of whole images to evaluate on, by bicubic.
 
 python prepare.py --images-dir data/T91 --output-path t91_x3.h5 --scale 3
 python prepare.py --images-dir data/Set5 --output-path set5_x3.h5 --scale 3 --eval
-python prepare.py --synthetic 96 --output-path leaves_x3.h5 --scale 3  # drawn pictures
+python prepare.py --synthetic 96 --output-path leaves_x3.h5 --scale 3  # no photographs needed
 python prepare.py --download data                               # T91, Set5 and Set14
 """
 
 import argparse
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C is silent while libraries load
-
 import hashlib
 import io
 import math
@@ -31,143 +26,127 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils import ArgumentParser, add_picture_flags, check_picture_flags, number, run
-from utils import InputError, atomic_path, check_outputs, images_in, naming, write_whole
-from utils import Pair, bicubic_pair, find_partner, levels_of, open_image, read_pair
-from utils import reading, rgb_to_ycbcr
+from utils import ArgumentParser, add_image_flags, apply_image_flags, number, report_errors, run
+from utils import InputError, atomic_path, check_outputs, open_input, write_file
+from utils import Pair, bicubic_pair, find_images, find_match, open_image, read_pair, to_levels
 
-VERSION = 1  # of the h5 layout
-CHUNK = 64 << 10  # bytes: small enough to read single patches, few enough to index
-LARGEST = 16 << 20  # bytes that a picture of an archive may have: T91's have 0.3 MB at most
-MANIFEST = Path(__file__).resolve().parent / "assets" / "datasets.sha256"
-SOURCES = (
-    "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
-    "https://github.com/tegg89/SRCNN-Tensorflow/archive/refs/heads/master.zip",
-)
+LAYOUT_VERSION = 1
+CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for a short index
 
-
-# --- pictures to (ilr, hr) ------------------------------------------------------------------
-
-
-def pillow_pair(image: Image.Image, scale: int, num_channels: int) -> Pair:
-    """What the forks do: resize instead of crop, 8-bit RGB, luma not rounded."""
-    small = image.width // scale, image.height // scale
-    if not min(small):
-        return Pair(np.empty((0, 0)), np.empty((0, 0)))
-    large = small[0] * scale, small[1] * scale
-    hr = image.convert("RGB").resize(large, Image.Resampling.BICUBIC)
-    lr = hr.resize(small, Image.Resampling.BICUBIC)
-    ilr = lr.resize(large, Image.Resampling.BICUBIC)
-    ilr, hr = (np.asarray(rgb, np.float32).transpose(2, 0, 1) for rgb in (ilr, hr))
-    if num_channels == 1:
-        ilr, hr = rgb_to_ycbcr(ilr)[0], rgb_to_ycbcr(hr)[0]
-    return Pair(ilr, hr)
+# --- degradations ---------------------------------------------------------------------------
 
 
 def make_pairs(
-    args: argparse.Namespace, names: list, known: list, partners: list[Path], factors: list[float]
+    args: argparse.Namespace, images: dict, lr_index: dict, factors: list[float], failed: list
 ) -> Iterator[tuple[object, Pair]]:
-    """(name, Pair) of files, of all that are known, with their partners of --lr-dir where there
-    are any, or of drawn pictures (a name is then a seed); each followed by its copies reduced by
-    the factors."""
-    for name in names:
-        with naming(name):
-            if partners:
-                partner = find_partner(name, known, partners, args.scale, "--lr-dir")
-                yield name, read_pair(name, partner, args.scale, args.num_channels, args.range)
+    """Yield (name, Pair) for every image, and for its copies downscaled by the factors.
+
+    Args:
+        images: what find_images returns, or {seed: None} for synthetic images.
+        lr_index: index_images of --lr-dir; empty to make the LR images by bicubic.
+        failed: receives the names of images that cannot be used, which are reported.
+    """
+    for name, relative in images.items():
+        with report_errors(name, failed):
+            if lr_index:
+                lr_path = find_match(name, relative, lr_index, args.scale, "--lr-dir")
+                yield name, read_pair(name, lr_path, args.scale, args.num_channels, args.range)
                 continue
             image = dead_leaves(name) if args.synthetic else open_image(name)
-            if factors and image.mode in ("1", "P"):  # which Pillow does not interpolate
+            if factors and image.mode in ("1", "P"):  # Pillow does not interpolate these
                 image = image.convert("L" if image.mode == "1" else "RGB")
             for factor in (1, *factors):
                 size = [max(1, round(factor * side)) for side in image.size]
                 copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
-                if args.degradation == "pillow":
-                    yield name, pillow_pair(copy, args.scale, args.num_channels)
-                else:
-                    levels = levels_of(copy, args.num_channels, args.range)
-                    yield name, bicubic_pair(*levels, args.scale)
+                levels, planes = to_levels(copy, args.num_channels, args.range)
+                yield name, bicubic_pair(levels, args.scale, planes.quantum)
+
+
+# --- synthetic images -----------------------------------------------------------------------
 
 
 def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Image:
-    """A picture of discs that cover one another: edges and areas as in photographs.
+    """Draw discs that cover one another: edges and areas with the statistics of photographs.
 
-    Radii have a density ~ r^-3 between one pixel and the picture's side (Lee, Mumford,
-    Huang, "Occlusion models for natural images", IJCV 2001; for training: Achddou,
-    Gousseau, Ladjal, 2021). Drawn `oversampling` times as large, for soft edges.
+    The radii have a density ~ r^-3 between one pixel and the image's side (Lee, Mumford, Huang,
+    "Occlusion models for natural images", IJCV 2001; for training: Achddou, Gousseau, Ladjal,
+    2021). The image is drawn `oversampling` times as large to get soft edges.
     """
     rng = np.random.default_rng(seed)
-    big = side * oversampling
-    image = Image.new("RGB", (big, big), tuple(rng.integers(0, 256, 3).tolist()))
+    drawn_side = side * oversampling
+    background = tuple(rng.integers(0, 256, 3).tolist())
+    image = Image.new("RGB", (drawn_side, drawn_side), background)
     draw = ImageDraw.Draw(image)
     count = side * side // 16
-    low, high = float(oversampling), float(big)
-    # Inverse of the distribution function of a density ~ r^-3 on low..high.
+    low, high = float(oversampling), float(drawn_side)
+    # The inverse of the cumulative distribution of a density ~ r^-3 on low..high.
     radii = (low**-2 - rng.random(count) * (low**-2 - high**-2)) ** -0.5
     colours = rng.integers(0, 256, (count, 3)).tolist()
-    for (x, y), r, colour in zip(rng.random((count, 2)) * big, radii, colours):
+    for (x, y), r, colour in zip(rng.random((count, 2)) * drawn_side, radii, colours):
         draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-# --- (ilr, hr) to h5 ------------------------------------------------------------------------
+# --- h5 writing -----------------------------------------------------------------------------
 
 
-def append_patches(file: h5py.File, ilr: np.ndarray, hr: np.ndarray, size: int, stride: int) -> int:
-    """Append a picture's patches, at multiples of `stride`, to the datasets `lr` and `hr`, which
-    are N x size x size or N x C x size x size; returns how many."""
-    if min(hr.shape[-2:]) < size:
+def append_patches(file: h5py.File, pair: Pair, size: int, stride: int) -> int:
+    """Append the patches at multiples of `stride` to the datasets `lr` and `hr`.
+
+    Returns:
+        The number of patches, 0 where the image is smaller than `size`.
+    """
+    if min(pair.hr.shape[-2:]) < size:
         return 0
-    shape = *hr.shape[:-2], size, size
-    for name, planes in ("lr", ilr), ("hr", hr):
+    shape = *pair.hr.shape[:-2], size, size
+    for name, planes in ("lr", pair.ilr), ("hr", pair.hr):
         windows = np.lib.stride_tricks.sliding_window_view(planes, (size, size), (-2, -1))
         windows = windows[..., ::stride, ::stride, :, :]
         patches = np.moveaxis(windows, (-4, -3), (0, 1)).reshape(-1, *shape)
         if name not in file:
-            chunk = max(1, CHUNK // (4 * math.prod(shape)))
-            growing = {"maxshape": (None, *shape), "chunks": (chunk, *shape)}
-            file.create_dataset(name, (0, *shape), "float32", **growing)
+            rows = max(1, CHUNK_BYTES // (4 * math.prod(shape)))
+            file.create_dataset(
+                name, (0, *shape), "float32", maxshape=(None, *shape), chunks=(rows, *shape)
+            )
         start = len(file[name])
         file[name].resize(start + len(patches), axis=0)
         file[name][start:] = patches
     return len(patches)
 
 
-def append_picture(file: h5py.File, ilr: np.ndarray, hr: np.ndarray) -> int:
-    """Append a picture to the groups `lr` and `hr`; returns 1, or 0 where nothing is left."""
-    if not hr.size:
+def append_image(file: h5py.File, pair: Pair) -> int:
+    """Append an image to the groups `lr` and `hr`; return 1, or 0 where it is empty."""
+    if not pair.hr.size:
         return 0
-    for name, planes in ("lr", ilr), ("hr", hr):
+    for name, planes in ("lr", pair.ilr), ("hr", pair.hr):
         group = file.require_group(name)
         group.create_dataset(str(len(group)), data=planes)
     return 1
 
 
-class H5Target(io.FileIO):
-    """A file for HDF5, which ends in a segmentation fault where a write fails, as on a full disk.
+class DeferredErrors(io.FileIO):
+    """A file for HDF5, which crashes where a write fails, as on a full disk.
 
-    It is told that all went well; `check` raises the first error.
+    Failed writes seem to succeed; `check` raises the first error.
     """
 
     error: OSError | None = None
 
-    def write(self, data: memoryview) -> int:
-        written = 0
+    def write(self, data: memoryview) -> None:
         try:
-            while written < len(data):
-                written += super().write(memoryview(data)[written:])
+            while len(data):
+                data = data[super().write(data) :]
         except OSError as error:
             self.error = self.error or error
-        return len(data)
 
-    def truncate(self, size: int | None = None) -> int:
+    def truncate(self, size: int | None = None) -> None:
         try:
-            return super().truncate(size)
+            super().truncate(size)
         except OSError as error:
             self.error = self.error or error
-            return size
 
     def check(self) -> None:
+        """Raise the first error."""
         if self.error:
             raise self.error
 
@@ -175,72 +154,92 @@ class H5Target(io.FileIO):
 def write_h5(
     path: str | Path,
     pairs: Iterable[tuple[object, Pair]],
-    append: Callable[[h5py.File, np.ndarray, np.ndarray], int],
+    append: Callable[[h5py.File, Pair], int],
     attributes: dict,
 ) -> int:
-    """Write (name, Pair), one after the other: memory stays flat; returns how many patches or
-    pictures there are. Pictures of which `append` takes nothing are named and skipped.
+    """Write pairs one by one, so that memory use is constant; report and skip those too small.
 
     Args:
-        path: of atomic_path, which tells of a full disk.
+        path: of atomic_path.
+        append: append_image, or append_patches with its size and stride.
+
+    Returns:
+        The number of patches or images; without any, the file is not complete.
 
     Raises:
-        InputError: no patch and no picture.
+        InputError: images of different bit depths.
     """
-    count, steps, skipped = 0, set(), []
-    with H5Target(path, "w+") as target:
+    count, quantum = 0, None
+    with DeferredErrors(path, "w+") as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
-                added = append(file, pair.ilr, pair.hr)
+                added = append(file, pair)
                 target.check()
                 if not added:
-                    skipped.append(f"{name}: skipped, smaller than a patch or the scale")
-                count += added
-                steps.add(pair.step)
-                if len(steps) > 1:
-                    raise InputError(f"{name}: has another depth than those before; use one kind")
-            if not count:
-                cure = "lower it or name larger pictures"
-                raise InputError(f"--patch-size, --scale: no picture is large enough; {cure}")
+                    print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
+                if quantum not in (None, pair.quantum):
+                    raise InputError(f"{name}: has another bit depth than the images before it")
+                count, quantum = count + added, pair.quantum
             file.attrs.update(attributes)
-            if append is append_picture:
-                file.attrs["rounding"] = steps.pop()  # so that train.py scores as test.py does
+            if append is append_image and count:
+                file.attrs["rounding"] = quantum  # train.py then scores as test.py does
         target.check()
-    for line in skipped:
-        print(line, file=sys.stderr)
     return count
+
+
+def hold_out(images: dict, part: float, seed: int) -> tuple[dict, dict]:
+    """Split images at random into those to train on and those to evaluate on."""
+    if len(images) < 2:
+        raise InputError("--hold-out: needs at least two images")
+    count = min(max(1, round(part * len(images))), len(images) - 1)
+    order = np.random.default_rng(seed).permutation(len(images))
+    names = list(images)
+    eval_names, train_names = (
+        [names[i] for i in sorted(indices)] for indices in np.split(order, [count])
+    )
+    return {n: images[n] for n in train_names}, {n: images[n] for n in eval_names}
 
 
 # --- download -------------------------------------------------------------------------------
 
+MANIFEST = Path(__file__).resolve().parent / "assets" / "datasets.sha256"
+SOURCES = (
+    "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
+    "https://github.com/tegg89/SRCNN-Tensorflow/archive/refs/heads/master.zip",
+)
+MAX_ENTRY_BYTES = 16 << 20  # of a file in an archive; T91's have 0.3 MB at most
+
 
 def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
-    """The part of the manifest, a file of `sha256sum`, that `folder` does not hold, or holds
-    damaged: the SHA-256 of each file's content, by name."""
-    wanted = {}
+    """Return {name: SHA-256} of the manifest's files that `folder` lacks or has damaged.
+
+    Args:
+        manifest: a file that sha256sum wrote.
+    """
+    missing = {}
     for line in manifest.read_text().splitlines():
         digest, name = line.split(maxsplit=1)
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            wanted[name] = digest
-    return wanted
+            missing[name] = digest
+    return missing
 
 
-def extract(archive: io.IOBase | str, folder: Path, wanted: dict[str, str]) -> None:
-    """Write the wanted files of a zip archive to where the manifest puts them.
+def extract(archive: io.IOBase | str, folder: Path, missing: dict[str, str]) -> None:
+    """Write the missing files of a zip archive to their places in the manifest.
 
-    They are found by content: the archive's own names, which might lead out of
-    `folder`, are never used. What is no zip archive, or a corrupt one, raises many kinds.
+    They are found by content. The names in the archive, which might lead out of `folder`, are
+    never used.
     """
     with zipfile.ZipFile(archive) as opened:
         for entry in opened.infolist():
-            if entry.file_size > LARGEST:
+            if entry.file_size > MAX_ENTRY_BYTES:
                 continue
             content = opened.read(entry)
             digest = hashlib.sha256(content).hexdigest()
-            # Two pictures of T91 are the same: a content may have several names.
-            for target in (name for name, wish in wanted.items() if wish == digest):
-                write_whole(folder / target, content)
+            for name, wanted in missing.items():  # two images of T91 are equal
+                if wanted == digest:
+                    write_file(folder / name, content)
 
 
 def download(
@@ -249,136 +248,134 @@ def download(
     sources: Sequence[str] = SOURCES,
     manifest: Path = MANIFEST,
 ) -> None:
-    """Lay out folder/T91, folder/Set5 and folder/Set14, from an archive or a source.
+    """Create folder/T91, folder/Set5 and folder/Set14 from an archive or the first good source.
 
-    What is already there is kept: an interrupted call goes on where it stopped.
+    Files that are already there are not fetched again.
 
     Raises:
-        InputError: files are still missing afterwards.
+        InputError: files are missing afterwards.
     """
-    wanted = missing_files(folder, manifest)
+    missing = missing_files(folder, manifest)
     if archive:
-        with reading(archive, "file in zip format", "pass --archive FILE.zip"):
-            extract(archive, folder, wanted)
-        wanted = missing_files(folder, manifest)
-    for url in [] if archive else sources:
-        if not wanted:
+        with open_input(archive, "zip file", "pass --archive FILE.zip"):
+            extract(archive, folder, missing)
+        missing = missing_files(folder, manifest)
+    for i, url in enumerate([] if archive else sources, 1):
+        if not missing:
             break
-        bar = {"desc": url.rpartition("/")[2], "disable": None}
         try:
             with (
                 urllib.request.urlopen(url, timeout=30) as response,
-                tqdm.wrapattr(response, "read", response.length, **bar) as body,
-                tempfile.TemporaryFile() as file,  # nameless: nothing is left behind
+                tqdm.wrapattr(
+                    response, "read", response.length, desc=Path(url).name, disable=None
+                ) as body,
+                tempfile.TemporaryFile() as file,
             ):
                 shutil.copyfileobj(body, file)
                 if response.length:
                     raise OSError(f"broke off, {response.length:,} bytes are missing")
-                extract(file, folder, wanted)
-        except Exception as error:  # no connection, one that broke off, a damaged archive
-            print(f"{url}: {error}; trying the next source", file=sys.stderr)
-        wanted = missing_files(folder, manifest)
-    if wanted:
-        names = ", ".join(sorted(wanted)[:3]) + ", ..." * (len(wanted) > 3)
-        cure = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
-        missing = f"{len(wanted)} files are missing ({names})"
-        raise InputError(f"{archive or folder}: {missing}; {cure}")
+                extract(file, folder, missing)
+        except Exception as error:  # no connection, an interrupted one, a damaged archive
+            following = "; trying the next source" if i < len(sources) else ""
+            print(f"{url}: {error}{following}", file=sys.stderr)
+        missing = missing_files(folder, manifest)
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        problem = f"{len(missing)} files are missing ({names}, ...)"
+        hint = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
+        raise InputError(f"{archive or folder}: {problem}; {hint}")
     print(f"{folder}: T91, Set5 and Set14 are complete")
 
 
-# --- command line ---------------------------------------------------------------------------
+# --- arguments ------------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
-    group = parser.add_argument_group("pictures, from one of the first three")
+    group = parser.add_argument_group("images, from one of the first three")
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images-dir", nargs="+", metavar="DIR", help="folders of pictures")
-    drawn = "draw N pictures instead"
-    source.add_argument("--synthetic", type=number(int, 1, 10_001), metavar="N", help=drawn)
-    fetched = "fetch T91, Set5 and Set14 to this folder"
-    source.add_argument("--download", type=Path, metavar="DIR", help=fetched)
+    source.add_argument("--images-dir", nargs="+", metavar="DIR", help="folders of HR images")
+    synthetic = "make N dead-leaves images instead"
+    source.add_argument("--synthetic", type=number(int, 1, 10_001), metavar="N", help=synthetic)
+    download_to = "only download T91, Set5 and Set14 to this folder"
+    source.add_argument("--download", type=Path, metavar="DIR", help=download_to)
     add = group.add_argument
-    add("--archive", metavar="FILE.zip", help="with --download: take them from here")
-    add_picture_flags(group)
-    copies = "cut up copies reduced by these factors, too"
-    add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=copies)
-    how = "the paper's bicubic in floating point, or the forks' Pillow on 8-bit RGB"
-    add("--degradation", choices=("matlab", "pillow"), default="matlab", help=how)
-    add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma, 3: RGB")
-    add("--seed", type=number(int, 0, 100), default=0, help="draws pictures, or those held out")
+    add("--archive", metavar="FILE.zip", help="with --download: a local copy of the archive")
+    add_image_flags(group)
+    shrink = "also use copies downscaled by these factors"
+    add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=shrink)
+    add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma (default), 3: RGB")
+    add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic and --hold-out")
 
     add = parser.add_argument_group("h5 file").add_argument
     add("--output-path", metavar="FILE", help="the h5 file to write")
-    add("--scale", type=number(int, 1, 65), metavar="N", help="reduction to be undone")
+    add("--scale", type=number(int, 1, 65), metavar="N", help="upscaling factor")
     add("--patch-size", type=number(int, 1, 4097), default=33, help="(default: 33)")
     add("--stride", type=number(int, 1, 4097), default=14, help="(default: 14)")
-    add("--eval", action="store_true", help="whole pictures, to evaluate on")
-    held = "write this part of the pictures to STEM_eval.h5 instead, to evaluate on"
-    add("--hold-out", type=number(float, 1e-6, 1), metavar="PART", help=held)
+    add("--eval", action="store_true", help="whole images, to evaluate on")
+    part = "write this part of the images to STEM_eval.h5 instead, to evaluate on"
+    add("--hold-out", type=number(float, 1e-6, 1), metavar="PART", help=part)
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that are missing or do not go together."""
-    for flag in ("output_path", "scale"):
-        if getattr(args, flag) is None:
-            raise InputError(f"--{flag.replace('_', '-')}: is needed to make an h5 file")
+    """Refuse flags that are missing or contradict each other."""
+    for flag in ("--output-path", "--scale"):
+        if getattr(args, flag[2:].replace("-", "_")) is None:
+            raise InputError(f"the following arguments are required: {flag}")
     if args.lr_dir is not None and (args.synthetic or args.shrink):
-        raise InputError("--lr-dir: goes with --images-dir, without --shrink")
-    if args.degradation == "pillow" and (args.range or args.lr_dir is not None):
-        raise InputError("--degradation pillow: goes without --range and --lr-dir")
+        raise InputError("--lr-dir: use it with --images-dir and without --shrink")
     if args.scale == 1 and args.lr_dir is None:
-        raise InputError("--scale 1: goes with --lr-dir and pictures of equal size")
+        raise InputError("--scale 1: use it with --lr-dir and images of equal size")
     if args.hold_out and args.eval:
-        raise InputError("--hold-out: makes an evaluation file by itself; drop --eval")
+        raise InputError("--hold-out: also writes an evaluation file; drop --eval")
 
 
-def plan(args: argparse.Namespace, names: list) -> list[tuple[str, list, bool]]:
-    """(h5 file, its pictures, whether they stay whole) of the one or two that are wanted."""
-    if not args.hold_out:
-        return [(args.output_path, names, args.eval)]
-    if len(names) < 2:
-        raise InputError("--hold-out: needs two pictures at least")
-    count = min(max(1, round(args.hold_out * len(names))), len(names) - 1)
-    order = np.random.default_rng(args.seed).permutation(len(names))
-    held, others = ([names[i] for i in sorted(part)] for part in np.split(order, [count]))
-    held_path = f"{os.path.splitext(args.output_path)[0]}_eval.h5"
-    return [(held_path, held, True), (args.output_path, others, False)]
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
     if args.archive and not args.download:
-        raise InputError("--archive: goes with --download DIR")
+        raise InputError("--archive: use it with --download DIR")
     if args.download:
-        return download(args.download, args.archive)
+        download(args.download, args.archive)
+        return 0
     check_flags(args)
-    partners = check_picture_flags(args)
-    if args.synthetic:  # an evaluation file gets other pictures for a seed
+    lr_index = apply_image_flags(args)
+    if args.synthetic:  # a seed gives other images to an evaluation file than to a training file
         first = 1_000_000 * args.eval + 10_000 * args.seed
-        names = list(range(first, first + args.synthetic))
+        images = dict.fromkeys(range(first, first + args.synthetic))
     else:
-        names = images_in(args.images_dir)
-    jobs = plan(args, names)
-    inputs = [] if args.synthetic else [*names, *partners]
+        images = find_images(args.images_dir, folders_only=True)
+    jobs = [(args.output_path, images, args.eval)]  # (h5 file, images, whether they stay whole)
+    if args.hold_out:
+        train_images, eval_images = hold_out(images, args.hold_out, args.seed)
+        eval_path = f"{os.path.splitext(args.output_path)[0]}_eval.h5"
+        jobs = [(eval_path, eval_images, True), (args.output_path, train_images, False)]
+    lr_paths = [path for paths in lr_index.values() for path in paths]
+    inputs = [] if args.synthetic else [*images, *lr_paths]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
-    done = []
-    with ExitStack() as files:  # none appears before all are made
-        for path, chosen, whole_pictures in jobs:
-            attributes = {"scale": args.scale, "version": VERSION}
-            attributes["degradation"] = "given" if partners else args.degradation
-            append, what = append_picture, "pictures"
-            if not whole_pictures:
+
+    failed, summary = [], []
+    with ExitStack() as files:  # no file appears before all are complete
+        for path, job_images, whole in jobs:
+            attributes = {"scale": args.scale, "version": LAYOUT_VERSION}
+            attributes["degradation"] = "pairs" if lr_index else "bicubic"
+            append = append_image
+            if not whole:
                 append = partial(append_patches, size=args.patch_size, stride=args.stride)
                 attributes |= {"patch_size": args.patch_size, "stride": args.stride}
-                what = "patches"
-            factors = args.shrink if whole_pictures == args.eval else []  # none of those held out
-            pairs = make_pairs(args, chosen, names, partners, factors)
-            total = len(chosen) * (1 + len(factors))
-            bar = tqdm(pairs, "pictures", total, leave=False, disable=None)
-            count = write_h5(files.enter_context(atomic_path(path)), bar, append, attributes)
-            done.append(f"{path}: {count} {what} for x{args.scale}")
-    print(*done, sep="\n")
+            factors = args.shrink if whole == args.eval else []  # held-out images have no copies
+            pairs = make_pairs(args, job_images, lr_index, factors, failed)
+            total = len(job_images) * (1 + len(factors))
+            progress_bar = tqdm(pairs, "images", total, leave=False, disable=None)
+            count = write_h5(
+                files.enter_context(atomic_path(path)), progress_bar, append, attributes
+            )
+            if not count:
+                if failed:
+                    raise SystemExit(2)
+                raise InputError("--patch-size, --scale: no image is large enough; lower them")
+            summary.append(f"{path}: {count} {'images' if whole else 'patches'} for x{args.scale}")
+    print(*summary, sep="\n")
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The paper's protocol, pictures, files that appear whole or not at all, the command line.
+"""The paper's protocol, image files, LR/HR pairs, atomic files and the command line.
 
-Pictures are float32 planes, C x H x W or H x W, in grey levels 0..255, unless a docstring
-says otherwise. Nothing here needs torch.
+Images are float32 arrays of H x W or C x H x W in grey levels 0..255, unless a docstring states
+something else. Nothing in this file needs torch.
 """
 
 import argparse
@@ -25,10 +25,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# --- the protocol: luma, bicubic, PSNR, SSIM ------------------------------------------------
+
+class InputError(ValueError):
+    """Unusable input. The message is one line: the file or flag, what is wrong, what to do."""
+
+
+# --- colour ---------------------------------------------------------------------------------
 
 # ITU-R BT.601, studio swing, from R'G'B' in 0..255 (MATLAB's rgb2ycbcr). Many ports have
-# 64.738 / 256 for the first weight, 65.738 / 256 = 65.481 / 255: a typo that darkens red.
+# 64.738 / 256 for the first weight instead of 65.738 / 256 = 65.481 / 255: a typo.
 BT601 = np.array([[65.481, 128.553, 24.966], [-37.797, -74.203, 112.0], [112.0, -93.786, -18.214]])
 BT601 /= 255
 BT601_INVERSE = np.linalg.inv(BT601)
@@ -36,57 +41,67 @@ BT601_OFFSET = np.array([16.0, 128.0, 128.0])
 
 
 def rgb_to_ycbcr(rgb: np.ndarray) -> np.ndarray:
-    """3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded."""
+    """Convert 3 x H x W, R'G'B' in 0..255, to Y in 16..235 and Cb, Cr in 16..240, not rounded."""
     dtype = np.result_type(rgb.dtype, np.float32)
     ycbcr = np.tensordot(BT601.astype(dtype), rgb, axes=1)
-    ycbcr += BT601_OFFSET.astype(dtype)[:, None, None]  # in place: pictures are large
+    ycbcr += BT601_OFFSET.astype(dtype)[:, None, None]  # in place, because images are large
     return ycbcr
 
 
 def ycbcr_to_rgb(ycbcr: np.ndarray) -> np.ndarray:
-    """The inverse of rgb_to_ycbcr, neither rounded nor clipped."""
+    """Invert rgb_to_ycbcr; the result is neither rounded nor clipped."""
     dtype = np.result_type(ycbcr.dtype, np.float32)
     rgb = np.tensordot(BT601_INVERSE.astype(dtype), ycbcr, axes=1)
     rgb -= (BT601_INVERSE @ BT601_OFFSET).astype(dtype)[:, None, None]
     return rgb
 
 
-def to_8bit(levels: np.ndarray, step: float = 1.0) -> np.ndarray:
-    """Round half up, as MATLAB does, and clip to 0..255; stays floating point.
+def quantize(levels: np.ndarray, quantum: float = 1.0) -> np.ndarray:
+    """Round half up to multiples of `quantum`, as MATLAB does, and clip to 0..255.
 
     Args:
-        step: what is rounded to, in grey levels: 1 for sources of 8 bits, 255/65535 for
-            16 bits, ...; 0 leaves the levels of a floating-point source as they are.
+        levels: any shape; the result has the same floating-point type.
+        quantum: the distance of two values of the image file in grey levels: 1 for 8 bits,
+            255 / 65535 for 16 bits; 0 (floating-point files) returns `levels` unchanged.
     """
-    if not step:
+    if not quantum:
         return levels
-    rounded = levels / step + 0.5
+    rounded = levels / quantum + 0.5
     np.floor(rounded, out=rounded)
-    rounded *= step
+    rounded *= quantum
     return np.clip(rounded, 0, 255, out=rounded)
 
 
-def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """MATLAB's imresize(..., 'bicubic'): a = -0.5, antialiased, edge pixels repeated.
+def luma(rgb: np.ndarray, quantum: float = 1.0) -> np.ndarray:
+    """Return the rounded luma of rounded RGB: 3 x H x W to H x W, float32 (protocol step 1)."""
+    return quantize(rgb_to_ycbcr(rgb.astype(np.float64))[0], quantum).astype(np.float32)
 
-    Pillow does the work on float32; the border, which it would treat in another way, is
-    padded first. Agrees with the float64 formula within 1e-3 grey levels; rows first, then
-    columns, with a rounding to 8 bits after each, it is MATLAB's 8-bit picture bit for bit.
+
+# --- resampling -----------------------------------------------------------------------------
+
+
+def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize like MATLAB's imresize(..., 'bicubic'): a = -0.5, antialiased, edges repeated.
+
+    Pillow resamples float32 images with the same kernel but another border, so the border is
+    padded first. The result agrees with the float64 formula within 1e-3 grey levels. Applied to
+    the rows and then to the columns, with 8-bit rounding after each, it gives MATLAB's 8-bit
+    image bit for bit.
 
     Args:
         planes: H x W or C x H x W, any units.
-        size: (height, width), each side a multiple or a divisor of the present one.
+        size: (height, width), each a multiple or a divisor of the present side.
 
     Raises:
-        ValueError: a side that is neither multiple nor divisor.
+        ValueError: a side that is neither a multiple nor a divisor.
     """
     if planes.ndim == 3:
         return np.stack([resize(plane, size) for plane in planes])
-    margins = []  # (before, after) resizing, rows and columns
+    margins = []  # pixels to pad (before, after) resizing, for the rows and the columns
     for old, new in zip(planes.shape, size):
         if new < 1 or (old % new and new % old):
             raise ValueError(f"cannot resize {old} pixels to {new}: no multiple, no divisor")
-        # The kernel reaches two output pixels far when shrinking, else two input pixels.
+        # The kernel spans two output pixels when downscaling, two input pixels when upscaling.
         margins.append((2 * max(1, old // new), 2 * max(1, new // old)) if old != new else (0, 0))
     (rows, top), (columns, left) = margins
     padded = np.pad(np.asarray(planes, np.float32), ((rows, rows), (columns, columns)), "edge")
@@ -96,29 +111,32 @@ def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def crop_to_multiple(planes: np.ndarray, scale: int) -> np.ndarray:
-    """Cut bottom and right so that both sides divide by `scale` (protocol step 2)."""
+    """Crop bottom and right so that both sides divide by `scale` (protocol step 2)."""
     height, width = planes.shape[-2:]
     return planes[..., : height - height % scale, : width - width % scale]
 
 
 def shave(planes: np.ndarray, scale: int) -> np.ndarray:
-    """Cut `scale` pixels off every side (protocol step 5); none where nothing was enlarged."""
+    """Cut `scale` pixels off every side (protocol step 5); nothing at scale 1."""
     return planes[..., scale:-scale, scale:-scale] if scale > 1 else planes
 
 
+# --- metrics --------------------------------------------------------------------------------
+
+
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE), or infinity."""
+    """Return the peak signal-to-noise ratio in dB, 10 log10(255^2 / MSE); infinite if equal."""
     mse = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
-def shaved_psnr(levels: np.ndarray, hr: np.ndarray, scale: int, step: float = 1.0) -> float:
-    """PSNR in dB as the paper takes it: rounded to to_8bit's step, shaved (protocol step 5)."""
-    return psnr(shave(to_8bit(levels, step), scale), shave(hr, scale))
+def protocol_psnr(sr: np.ndarray, hr: np.ndarray, scale: int, quantum: float = 1.0) -> float:
+    """Return the PSNR in dB as the paper measures it: rounded, then shaved (protocol step 5)."""
+    return psnr(shave(quantize(sr, quantum), scale), shave(hr, scale))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004), mean where the window fits.
+    """Return the structural similarity (Wang et al., 2004): the mean where the window fits.
 
     11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, peak 255.
 
@@ -126,18 +144,18 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
         ValueError: a side shorter than the window's 11 pixels.
     """
     if min(a.shape[-2:]) < 11:
-        raise ValueError("SSIM needs pictures of at least 11 x 11 pixels")
+        raise ValueError("SSIM needs images of at least 11 x 11 pixels")
     a, b = a.astype(np.float64), b.astype(np.float64)
-    mean_a, mean_b = _gaussian(a), _gaussian(b)
-    var_a, var_b = _gaussian(a * a) - mean_a**2, _gaussian(b * b) - mean_b**2
-    covariance = _gaussian(a * b) - mean_a * mean_b
+    mean_a, mean_b = _gaussian_mean(a), _gaussian_mean(b)
+    var_a, var_b = _gaussian_mean(a * a) - mean_a**2, _gaussian_mean(b * b) - mean_b**2
+    covariance = _gaussian_mean(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     return float(np.mean(similarity / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
 
 
-def _gaussian(planes: np.ndarray) -> np.ndarray:
-    """11 x 11 Gaussian mean of sigma 1.5 where the window fits."""
+def _gaussian_mean(planes: np.ndarray) -> np.ndarray:
+    """Return the mean under an 11 x 11 Gaussian window of sigma 1.5 wherever it fits."""
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window /= window.sum()
     height, width = planes.shape[-2] - 10, planes.shape[-1] - 10
@@ -145,158 +163,97 @@ def _gaussian(planes: np.ndarray) -> np.ndarray:
     return sum(w * rows[..., i : i + width] for i, w in enumerate(window))
 
 
-# --- pictures -------------------------------------------------------------------------------
-
-
-class InputError(Exception):
-    """Unusable input; the message names the file or flag and the cure, in one line."""
+# --- reading and writing images -------------------------------------------------------------
 
 
 @contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Put a file's name before an error that does not tell it."""
+def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into an InputError of one line.
+
+    Args:
+        kind: what the file should be: "image", "h5 file", ...
+        hint: what the user can do if it is not.
+    """
+    if not Path(path).is_file():
+        problem = "is not a regular file" if Path(path).exists() else f"no such {kind}"
+        raise InputError(f"{path}: {problem}; {hint}")
     try:
         yield
     except InputError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # libraries raise many types for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a valid {kind} ({reason[:120]}); {hint}") from error
 
 
-@contextmanager
-def needing(package: str, flag: str) -> Iterator[None]:
-    """Import inside it what requirements.txt does not list and one flag alone needs."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f"{flag}: needs {package}; pip install {package}") from error
-
-
-@contextmanager
-def reading(path: str | Path, kind: str, cure: str) -> Iterator[None]:
-    """The one boundary of every input file: whatever a decoder raises becomes one line.
-
-    Args:
-        kind: what the file should be: "picture", "h5 file", ...
-        cure: what the user can do about it.
-
-    Raises:
-        InputError: no regular file, not readable, or not what it should be.
-    """
-    with naming(path):
-        try:
-            if not Path(path).is_file():
-                reason = "is no regular file" if Path(path).exists() else f"no such {kind}"
-                raise InputError(f"{reason}; {cure}")
-            yield
-        except InputError:
-            raise
-        except PermissionError as error:
-            raise InputError("may not be read; change its permissions") from error
-        except MemoryError as error:
-            raise InputError(f"does not fit into the memory; take a smaller {kind}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels"
-            raise InputError(f"{limit}; if you trust the file, raise --max-pixels") from error
-        except Exception as error:  # decoders raise many kinds for damaged files
-            raise InputError(f"empty, truncated or no {kind}; {cure}") from error
-
-
-def expand(names: Iterable[str | Path]) -> list[Path]:
-    """Names and patterns (`shard*.h5`, which not every shell expands) as paths."""
+def expand_patterns(names: Iterable[str | Path]) -> list[Path]:
+    """Return names and matches of patterns such as `shard*.h5`, which not every shell expands."""
     paths = []
     for name in map(str, names):
-        found = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
-        paths += map(Path, found or [name])
+        matches = [name] if os.path.lexists(name) else sorted(glob.glob(name, recursive=True))
+        paths += map(Path, matches or [name])
     return paths
 
 
-def find_images(names: Iterable[str | Path], results: bool = False) -> list[Path]:
-    """The files named, and the images in the folders named and their subfolders, by name.
+def find_images(
+    names: Iterable[str | Path], results: bool = False, folders_only: bool = False
+) -> dict[Path, Path]:
+    """Return the named files, and the images in named folders and their subfolders, sorted.
 
-    Hidden files in a folder are left out, and what test.py made (NAME_srcnn_xS.png, ...)
-    unless `results` is set.
+    Args:
+        names: files, folders, and patterns of them.
+        results: whether to include what test.py writes (NAME_srcnn_x3.png, ...).
+        folders_only: whether to refuse files.
+
+    Returns:
+        For each file its path relative to the named folder; for a named file its name.
 
     Raises:
-        InputError: a folder without an image.
+        InputError: a missing folder, or one without an image.
     """
-    readable = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    readable -= {".bufr", ".grib", ".h5", ".hdf"}  # Pillow knows them, but cannot read them
-    paths = []
-    for path in expand(names):
+    images: dict[Path, Path] = {}
+    for path in expand_patterns(names):
+        if folders_only and not path.is_dir():
+            raise InputError(f"{path}: no such folder; name a folder of images")
         if not path.is_dir():
-            paths.append(path)
+            images.setdefault(path, Path(path.name))
             continue
-        found = [
-            p
-            for p in sorted(path.rglob("*"))
-            if p.suffix.lower() in readable
-            and not p.is_dir()
-            and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            and (results or not re.search(r"_(srcnn|bicubic|comparison)_x[\d.]+$", p.stem))
-        ]
+        found = {file: file.relative_to(path) for file in sorted(path.rglob("*"))}
+        found = {f: r for f, r in found.items() if is_image_name(r, results) and not f.is_dir()}
         if not found:
-            reason = "no image in it (results of test.py do not count)"
-            raise InputError(f"{path}: {reason}; name pictures")
-        paths += found
-    return list(dict.fromkeys(paths))  # a folder may be named beside its subfolder
+            raise InputError(f"{path}: no image in it (results of test.py are ignored)")
+        images = found | images  # a folder may be named beside its subfolder
+    return images
 
 
-def images_in(folders: Iterable[str | Path], results: bool = False) -> list[Path]:
-    """find_images, of folders alone."""
-    paths = expand(folders)
-    for path in paths:
-        if not path.is_dir():
-            raise InputError(f"{path}: no such folder; name one of pictures")
-    return find_images(paths, results)
-
-
-def find_partner(
-    path: Path, paths: Sequence[Path], candidates: Sequence[Path], scale: int, flag: str
-) -> Path:
-    """The one of the candidates that belongs to `path`, one of the `paths`.
-
-    That is the one of the same stem, else the only one whose stem goes on after it (0801x3
-    or 0801_SRF_3_srcnn beside 0801), else the only such one that names the scale, else the
-    only one in a folder of the same name; where other folders have the stem, always in that.
-
-    Raises:
-        InputError: none, or several.
-    """
-    pattern = re.compile(re.escape(path.stem) + r"([-_x].*)?")
-    others = {p.stem for p in paths} - {path.stem}
-    found = [p for p in candidates if pattern.fullmatch(p.stem) and p.stem not in others]
-    if any(p.stem == path.stem and p.parent != path.parent for p in paths):
-        found = [p for p in found if p.parent.name == path.parent.name]
-    for fits in (
-        lambda p: p.stem == path.stem,
-        lambda p: True,
-        lambda p: re.search(rf"(x|SRF_){scale}(?!\d)", p.stem[len(path.stem) :]),
-        lambda p: p.parent.name == path.parent.name,
-    ):
-        matching = [p for p in found if fits(p)]
-        if len(matching) == 1:
-            return matching[0]
-    number = f"{len(found)} pictures fit it" if found else "no picture of its name or folder"
-    where = f"{flag} {candidates[0].parent}"
-    raise InputError(f"{path}: {number} in {where}; name its partner {path.stem}.*")
+def is_image_name(relative: Path, results: bool) -> bool:
+    """Return whether a path has an image's extension and is not hidden, nor test.py's result."""
+    extensions = Image.registered_extensions()
+    readable = extensions.get(relative.suffix.lower()) in Image.OPEN
+    unreadable = {"BUFR", "GRIB", "HDF5"}  # registered by Pillow, which cannot decode them
+    hidden = any(part.startswith(".") for part in relative.parts)
+    is_result = re.search(r"_(srcnn|bicubic|comparison)_x[\d.]+$", relative.stem)
+    known = readable and extensions[relative.suffix.lower()] not in unreadable
+    return known and not hidden and (results or not is_result)
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read and decode a picture, first frame, turned upright as its EXIF says.
+    """Read and decode an image: the first frame, upright as its EXIF orientation says.
 
     Raises:
-        InputError: missing, no image, damaged, or above Pillow's guard against
-            decompression bombs.
+        InputError: missing, not an image, damaged, or larger than --max-pixels.
     """
-    with reading(path, "picture", "name one that Pillow opens"), warnings.catch_warnings():
+    with (
+        open_input(path, "image", "name another, or raise --max-pixels"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # Not by its name: Pillow maps such TIFFs into the memory, and turns them wrongly.
+        # Pillow maps a TIFF opened by name into memory, and then rotates it wrongly.
         with open(path, "rb") as stream, Image.open(stream) as image:
-            deep = image.mode != "I;16" and ";16" in str(image.tile)
+            has_16_bits = image.mode != "I;16" and ";16" in str(image.tile)
             orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
-            image.load()  # turns a TIFF upright
-            # Texts of a PNG stand beside the properties: one named "dpi" is no resolution.
+            image.load()  # rotates a TIFF
+            # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
             image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
             if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
                 del image.info["exif"]
@@ -305,7 +262,7 @@ def open_image(path: str | Path) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
             if orientation in (5, 6, 7, 8) and "dpi" in image.info:
                 upright.info["dpi"] = image.info["dpi"][::-1]
-            upright.info["upper_bytes_only"] = deep and upright.mode in ("RGB", "RGBA")
+            upright.info["reduced_to_8_bits"] = has_16_bits and upright.mode in ("RGB", "RGBA")
         if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
             raise InputError("holds NaN or infinity; replace them by numbers")
     if frames > 1:
@@ -315,12 +272,12 @@ def open_image(path: str | Path) -> Image.Image:
 
 @dataclass
 class Planes:
-    """A decoded picture.
+    """A decoded image.
 
-    colour: C x H x W, 1 (grey) or 3 (RGB), uint8, uint16, int32 or float32.
+    colour: C x H x W, 1 (greyscale) or 3 channels (RGB); uint8, uint16, int32 or float32.
     alpha: H x W, uint8, or None.
     low, high: the values of `colour` that stand for the grey levels 0 and 255.
-    mode: Pillow's, of a picture made of such planes.
+    mode: Pillow's mode of an image made from such planes.
     """
 
     colour: np.ndarray
@@ -330,38 +287,37 @@ class Planes:
     mode: str
 
     @property
-    def step(self) -> float:
-        """The grey levels between two values, 0 in floating point; see to_8bit."""
+    def quantum(self) -> float:
+        """The distance of two values in grey levels, 0 for floating point; see quantize."""
         return 0.0 if self.mode == "F" else 255 / (self.high - self.low)
 
     def levels(self) -> np.ndarray:
-        """`colour` in grey levels, float32, 0..255."""
+        """Return `colour` in grey levels, float32."""
         values = np.asarray(self.colour, np.float32)
         return (values - self.low) * np.float32(255 / (self.high - self.low))
 
     def to_image(self, levels: np.ndarray) -> Image.Image:
-        """The inverse: C x H x W grey levels, alpha as a last plane, rounded."""
-        planes = []
-        for i, plane in enumerate(levels):  # one by one: pictures are large
-            known = i < len(self.colour)
-            low, high, step = (self.low, self.high, self.step) if known else (0, 255, 1.0)
-            values = to_8bit(plane, step) * ((high - low) / 255) + low
-            dtype = self.colour.dtype
-            if step:
+        """Make an image from C x H x W grey levels, alpha as the last plane: rounded, clipped."""
+        dtype, planes = self.colour.dtype, []
+        for i, plane in enumerate(levels):  # one by one, because images are large
+            is_alpha = i >= len(self.colour)
+            low, high, quantum = (0, 255, 1.0) if is_alpha else (self.low, self.high, self.quantum)
+            values = quantize(plane, quantum) * ((high - low) / 255) + low
+            if quantum:
                 values = np.clip(np.rint(values), np.iinfo(dtype).min, np.iinfo(dtype).max)
             planes.append(values.astype(dtype))
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
 
 
 def decode(image: Image.Image, value_range: Sequence[float] | None = None) -> Planes:
-    """Any of Pillow's modes as planes: grey stays grey and 16 bits stay 16 bits.
+    """Convert an image of any Pillow mode; greyscale and 16-bit greyscale are preserved.
 
     Args:
-        value_range: the values that stand for the grey levels 0 and 255; by default those
-            of the type. Grey of 32 bits or in floating point has none: its own is used.
+        value_range: the values that stand for the grey levels 0 and 255. The default is the
+            range of the type; for 32-bit and floating-point images, their minimum and maximum.
     """
-    if value_range and image.info.get("upper_bytes_only"):
-        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use grey pictures")
+    if value_range and image.info.get("reduced_to_8_bits"):
+        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use greyscale images")
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
@@ -370,100 +326,18 @@ def decode(image: Image.Image, value_range: Sequence[float] | None = None) -> Pl
         mode = "F" if image.mode == "F" else "I"
         high = high if high > low else low + max(1.0, abs(low))
         return Planes(values[None], None, *value_range or (low, high), mode)
-    grey = image.mode in ("1", "L", "LA", "La")
-    mode = ("L" if grey else "RGB") + ("A" if image.has_transparency_data else "")
+    greyscale = image.mode in ("1", "L", "LA", "La")
+    mode = ("L" if greyscale else "RGB") + ("A" if image.has_transparency_data else "")
     values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
     alpha = values[-1] if mode.endswith("A") else None
-    return Planes(values[: 1 if grey else 3], alpha, *value_range or (0, 255), mode)
-
-
-def levels_of(
-    image: Image.Image, num_channels: int = 1, value_range: Sequence[float] | None = None
-) -> tuple[np.ndarray, float]:
-    """A picture as the protocol takes it: its luma, rounded, H x W, float32; and its step.
-
-    A grey picture's levels are used as they are. With three channels: RGB, 3 x H x W.
-
-    Raises:
-        InputError: a picture of no known range.
-    """
-    planes = decode(image, value_range)
-    if planes.mode in ("I", "F") and value_range is None:
-        cure = "say with --range LOW HIGH what stands for black and white"
-        raise InputError(f"has no range of its own (mode {planes.mode}); {cure}")
-    step = planes.step
-    levels = to_8bit(planes.levels(), step).clip(0, 255)  # beyond the range: black or white
-    if num_channels == 3:
-        return (np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels), step
-    return (levels[0] if len(levels) == 1 else rounded_luma(levels, step)), step
-
-
-def rounded_luma(rgb: np.ndarray, step: float) -> np.ndarray:
-    """The luma of a rounded picture, rounded: 3 x H x W to H x W, float32 (protocol step 1)."""
-    return to_8bit(rgb_to_ycbcr(rgb.astype(np.float64))[0], step).astype(np.float32)
-
-
-@dataclass
-class Pair:
-    """A picture that is known, and what the network gets of it; float32, 0..255.
-
-    ilr, hr: H x W or C x H x W.
-    lr: the small picture of which ilr is the enlargement, or None.
-    step: what the source rounds to, see to_8bit.
-    """
-
-    ilr: np.ndarray
-    hr: np.ndarray
-    lr: np.ndarray | None = None
-    step: float = 1.0
-
-    @property
-    def num_channels(self) -> int:
-        """C, which is 1 for H x W."""
-        return 1 if self.hr.ndim == 2 else len(self.hr)
-
-
-def bicubic_pair(hr: np.ndarray, step: float, scale: int) -> Pair:
-    """The protocol's pair, steps 2 and 3; empty where the picture is smaller than the scale."""
-    hr = crop_to_multiple(hr, scale)
-    if not hr.size:
-        return Pair(hr, hr, None, step)
-    lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
-    return Pair(resize(lr, hr.shape[-2:]), hr, lr, step)
-
-
-def read_pair(
-    path: Path, lr_path: Path, scale: int, num_channels: int, value_range: Sequence[float] | None
-) -> Pair:
-    """A pair of two files: one S times smaller is enlarged, one of equal size is used as it is.
-
-    Raises:
-        InputError: sizes that do not fit, and what open_image and levels_of raise.
-    """
-    (hr, step), (lr, _) = (read_levels(p, num_channels, value_range) for p in (path, lr_path))
-    if lr.shape == hr.shape:
-        return Pair(lr, hr, None, step)
-    sizes = [f"{p.shape[-1]} x {p.shape[-2]}" for p in (hr, lr)]
-    hr = crop_to_multiple(hr, scale)
-    if scale == 1 or tuple(scale * side for side in lr.shape[-2:]) != hr.shape[-2:]:
-        cure = "pairs have equal sizes, or sides that differ by --scale"
-        raise InputError(f"{path} and {lr_path}: {' and '.join(sizes)} pixels; {cure}")
-    return Pair(resize(lr, hr.shape[-2:]), hr, lr, step)
-
-
-def read_levels(
-    path: str | Path, num_channels: int = 1, value_range: Sequence[float] | None = None
-) -> tuple[np.ndarray, float]:
-    """levels_of a picture file; raises as open_image and levels_of do."""
-    with naming(path):
-        return levels_of(open_image(path), num_channels, value_range)
+    return Planes(values[: 1 if greyscale else 3], alpha, *value_range or (0, 255), mode)
 
 
 def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Give invisible pixels the colours around them, so that no edge is seen there.
+    """Give invisible pixels the colours around them, so that no edge is left at their border.
 
-    Pull and push: halve the picture by weighted means until no gap is left, then fill
-    from coarse to fine (Gortler et al., "The lumigraph", 1996).
+    Pull and push: downscale by weighted means until no gap is left, then fill from coarse to
+    fine (Gortler et al., "The lumigraph", 1996).
 
     Args:
         planes: C x H x W.
@@ -473,40 +347,174 @@ def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
     if weight.all() or max(height, width) == 1:
         return planes
 
-    def resized(values: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
+    def resample(values: np.ndarray, size: tuple[int, int], kernel: Image.Resampling) -> np.ndarray:
         images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in values)
-        return np.stack([np.asarray(image.resize(size, how)) for image in images])
+        return np.stack([np.asarray(image.resize(size, kernel)) for image in images])
 
-    smaller = -(-width // 2), -(-height // 2)
-    mass = resized(weight, smaller, Image.Resampling.BOX)
-    means = resized(planes * weight, smaller, Image.Resampling.BOX) / np.maximum(mass, 1e-12)
-    filled = fill_transparent(means, mass)
-    return np.where(weight > 0, planes, resized(filled, (width, height), Image.Resampling.BILINEAR))
+    half = -(-width // 2), -(-height // 2)
+    coarse_weight = resample(weight, half, Image.Resampling.BOX)
+    means = resample(planes * weight, half, Image.Resampling.BOX) / np.maximum(coarse_weight, 1e-12)
+    filled = fill_transparent(means, coarse_weight)
+    return np.where(
+        weight > 0, planes, resample(filled, (width, height), Image.Resampling.BILINEAR)
+    )
 
 
-# --- files ----------------------------------------------------------------------------------
+# --- LR/HR pairs ----------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """The ground truth and the network's input; float32, 0..255.
+
+    ilr: H x W or C x H x W, the LR image upscaled by bicubic.
+    hr: the ground truth, of the same shape.
+    lr: the LR image, or None where only ilr is known.
+    quantum: of the source, see quantize.
+    greyscale: whether the source is a greyscale image, of which RGB has three equal channels.
+    """
+
+    ilr: np.ndarray
+    hr: np.ndarray
+    lr: np.ndarray | None = None
+    quantum: float = 1.0
+    greyscale: bool = False
+
+    @property
+    def num_channels(self) -> int:
+        """C, which is 1 for H x W."""
+        return 1 if self.hr.ndim == 2 else len(self.hr)
+
+
+def to_levels(
+    image: Image.Image, num_channels: int = 1, value_range: Sequence[float] | None = None
+) -> tuple[np.ndarray, Planes]:
+    """Return the image that the protocol measures, and the decoded planes.
+
+    Returns:
+        One channel: H x W, the rounded luma; a greyscale image is its own luma. Three channels:
+        3 x H x W, RGB; a greyscale image is repeated.
+
+    Raises:
+        InputError: an image without a value range of its own.
+    """
+    planes = decode(image, value_range)
+    if planes.mode in ("I", "F") and value_range is None:
+        raise InputError("has no value range; pass those of black and white by --range LOW HIGH")
+    levels = quantize(planes.levels(), planes.quantum).clip(0, 255)
+    if num_channels == 3:
+        levels = np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
+    else:
+        levels = levels[0] if len(levels) == 1 else luma(levels, planes.quantum)
+    return levels, planes
+
+
+def read_levels(
+    path: str | Path, num_channels: int = 1, value_range: Sequence[float] | None = None
+) -> tuple[np.ndarray, Planes]:
+    """Return to_levels of an image file; the errors are those of open_image and to_levels."""
+    image = open_image(path)
+    with open_input(path, "image", "name another"):
+        return to_levels(image, num_channels, value_range)
+
+
+def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
+    """Make the protocol's pair (steps 2 and 3); empty if the image is smaller than the scale."""
+    hr = crop_to_multiple(hr, scale)
+    if not hr.size:
+        return Pair(hr, hr, None, quantum)
+    lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
+    return Pair(resize(lr, hr.shape[-2:]), hr, lr, quantum)
+
+
+def read_pair(
+    path: Path,
+    lr_path: Path | None,
+    scale: int,
+    num_channels: int = 1,
+    value_range: Sequence[float] | None = None,
+) -> Pair:
+    """Read an HR image and its LR image, or make the LR image by bicubic where there is none.
+
+    An LR image `scale` times smaller is upscaled by bicubic; one of equal size is used directly.
+
+    Raises:
+        InputError: sizes that do not fit, and the errors of read_levels.
+    """
+    hr, planes = read_levels(path, num_channels, value_range)
+    if lr_path is None:
+        pair = bicubic_pair(hr, scale, planes.quantum)
+    else:
+        lr, _ = read_levels(lr_path, num_channels, value_range)
+        cropped = crop_to_multiple(hr, scale)
+        if lr.shape == hr.shape:
+            pair = Pair(lr, hr, None, planes.quantum)
+        elif scale > 1 and tuple(scale * side for side in lr.shape[-2:]) == cropped.shape[-2:]:
+            pair = Pair(resize(lr, cropped.shape[-2:]), cropped, lr, planes.quantum)
+        else:
+            sizes = f"{hr.shape[::-1][:2]} and {lr.shape[::-1][:2]} pixels"
+            raise InputError(f"{path} and {lr_path}: {sizes} do not differ by --scale {scale}")
+    pair.greyscale = len(planes.colour) == 1
+    return pair
+
+
+def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
+    """Return what the paths of an HR image and of its LR image have in common.
+
+    These are the parts without upper case and without HR, LR, GT, SR and the scale at their end:
+    `HR/0801.png`, `LR/X2/0801x2.png` and `0801_SRF_2_LR.png` have the same key at scale 2.
+    """
+    roles = "HR|LR|GT|SR|srcnn|bicubic"
+    marks = rf"((^|[-_. ])({roles}|SRF_?{scale}|x{scale}|{scale}x)|x{scale})+$"
+    parts = [*relative.parts[:-1], relative.stem]
+    return tuple(filter(None, (re.sub(marks, "", part.lower(), flags=re.I) for part in parts)))
+
+
+def index_images(images: dict[Path, Path], scale: int) -> dict[tuple, list[Path]]:
+    """Group what find_images returns by pair_key."""
+    index: dict[tuple, list[Path]] = {}
+    for path, relative in images.items():
+        index.setdefault(pair_key(relative, scale), []).append(path)
+    return index
+
+
+def find_match(
+    path: Path, relative: Path, index: dict[tuple, list[Path]], scale: int, flag: str
+) -> Path:
+    """Return the LR image, or the result, of the same subfolder and name as an HR image.
+
+    Args:
+        path, relative: an item of find_images.
+        index: index_images of the folder that `flag` names.
+
+    Raises:
+        InputError: no such file, or several.
+    """
+    found = index.get(pair_key(relative, scale), [])
+    if len(found) != 1:
+        number = " and ".join(map(str, found)) or "no file"
+        raise InputError(f"{path}: {flag} has {number} of its subfolder and name; provide one")
+    return found[0]
+
+
+# --- atomic files ---------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` at the end: a file appears whole or not.
-
-    Folders that are missing are made at the end, too.
+    """Yield a path to write to, renamed to `path` at the end: a file appears complete or not.
 
     Raises:
         InputError: the folder or the file cannot be written, or the disk is full.
     """
-    partial, target = None, Path(os.path.realpath(path))  # a link stays one
+    target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
+    partial = None
     try:
-        if os.path.isdir(path) or str(path).endswith(("/", os.sep)):
-            raise InputError(f"{path}: is a folder; name a file")
-        if Path(path).exists() and not Path(path).is_file():  # a pipe, a device: written as it is
+        if target.exists() and not target.is_file():  # a pipe or a device cannot be renamed
             yield Path(path)
             return
-        folder = next((f for f in target.parents if f.exists()), target.parent)
+        folder = next(f for f in target.parents if f.exists())  # no folder is left by an error
         partial = folder / f".part-{uuid.uuid4().hex}"
-        LEFTOVERS.append(partial)
-        partial.touch(0o600 if target.exists() else 0o666, exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -519,118 +527,124 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
         if partial:
-            clear_up([partial])
-            LEFTOVERS.remove(partial)
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
-class Untouched(Exception):
-    """Leaves atomic_path, which has found out that it could write, without a file."""
-
-
-LEFTOVERS: list[Path] = []  # partial files, to be removed at any end
-
-
-def clear_up(paths: Iterable[Path]) -> None:
-    """Remove partial files, if they were not renamed."""
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
-
-
-def write_whole(path: str | Path, content: bytes) -> None:
-    """Write bytes to a file that appears whole or not at all."""
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write bytes to a file that appears complete or not at all."""
     with atomic_path(path) as partial:
         partial.write_bytes(content)
 
 
 def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> None:
-    """Write rows of these columns, below a line that names them."""
+    """Write rows of these columns below a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue().encode(errors="backslashreplace"))
+    write_file(path, text.getvalue().encode(errors="backslashreplace"))
 
 
 def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
-    """Refuse outputs, each (the flag or file that asks for it, where it goes), that would
-    overwrite an input or one another, also through links, or that cannot be written."""
-    places = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
-    for name, output in outputs:
-        place = os.path.normcase(os.path.realpath(output))
-        if place in places:
-            where = f"{output} would overwrite {places[place]}"
-            raise InputError(f"{name}: {where}; name another output")
-        places[place] = f"the output of {name}"
-        with suppress(Untouched), atomic_path(output):
-            raise Untouched
+    """Check before the work begins that outputs can be written and overwrite no input.
 
+    Args:
+        outputs: (the flag or file that asks for it, the path); links are followed.
 
-def available_memory() -> int:
-    """Bytes that may still be taken: of the machine, or of the container if that has less.
-
-    8 GB where the system does not say (no /proc, as on Windows and macOS).
+    Raises:
+        InputError: an output that is an input, another output, a folder, or not writable.
     """
-    free = [8 << 30]
-    with suppress(OSError, IndexError, ValueError):
-        text = Path("/proc/meminfo").read_text()
-        free = [1024 * int(text.split("MemAvailable:")[1].split()[0])]
-    with suppress(OSError, ValueError):  # no limit is the word "max"
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(limit) - int(used))
-    return max(0, min(free))
+    claimed = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
+    for source, output in outputs:
+        place = os.path.normcase(os.path.realpath(output))
+        if place in claimed:
+            raise InputError(f"{source}: {output} would overwrite {claimed[place]}; name another")
+        claimed[place] = f"the output of {source}"
+        if os.path.isdir(output) or str(output).endswith(("/", os.sep)):
+            raise InputError(f"{output}: is a folder; name a file")
+        folder = next(f for f in Path(place).parents if f.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"{output}: cannot be written in {folder}; name another place")
 
 
-# --- command line ---------------------------------------------------------------------------
+# --- errors and command line ----------------------------------------------------------------
+
+
+def report(error: InputError) -> None:
+    """Print an error as one line on stderr, with control characters escaped."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+
+
+@contextmanager
+def report_errors(path: object, failed: list) -> Iterator[None]:
+    """Report an InputError as one line that names `path`, note the path in `failed`."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        report(error if message.startswith(str(path)) else InputError(f"{path}: {message}"))
+        failed.append(path)
+
+
+@contextmanager
+def optional_import(package: str, flag: str) -> Iterator[None]:
+    """Import inside this block what only one flag needs; say how to install it if it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{flag}: needs {package}; pip install {package}") from error
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse, but --help opens with a script's docstring, commands included, and an error
-    is one line on stderr, without the usage above it."""
+    """argparse with the script's docstring as --help, and errors of one line without the usage."""
 
     def __init__(self, description: str) -> None:
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=layout)
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-        if "" in argv:  # an unset variable of a shell; as a path it would be this folder
-            self.error(f"{' '.join(argv[: argv.index('')][-1:])} '': is empty; give it a value")
+        if "" in argv:  # an unset shell variable, which as a path would be the current folder
+            flag = " ".join(argv[: argv.index("")][-1:])
+            self.error(f"{flag} '': is empty; pass a value")
         return super().parse_args(argv)
 
     def exit(self, status: int = 0, message: str | None = None) -> None:
-        print(end="", flush=True)  # what --help prints: here run() sees an error
+        sys.stdout.flush()  # a closed pipe is then an error inside run()
         super().exit(status, message)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def add_picture_flags(group: argparse._ArgumentGroup) -> None:
-    """What prepare.py and test.py ask of every picture."""
-    limit = Image.MAX_IMAGE_PIXELS
-    text = f"refuse larger pictures (default: {limit})"
-    group.add_argument("--max-pixels", type=number(int, 1), default=limit, metavar="N", help=text)
-    text = "values that stand for black and white (default: those of the file's type)"
+def add_image_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that prepare.py and test.py share."""
+    add, limit = group.add_argument, Image.MAX_IMAGE_PIXELS
+    max_pixels = "refuse larger images (default: %(default)s)"
+    add("--max-pixels", type=number(int, 1), default=limit, metavar="N", help=max_pixels)
+    value_range = "values of black and white (default: those of the file's type)"
     finite = number(float, -math.inf)
-    group.add_argument("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=text)
-    text = "the network's input, matched by name: S times smaller, or of equal size"
-    group.add_argument("--lr-dir", metavar="DIR", help=text)
+    add("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=value_range)
+    lr_dir = "LR images, S times smaller or of equal size, matched by name (default: bicubic)"
+    add("--lr-dir", metavar="DIR", help=lr_dir)
 
 
-def check_picture_flags(args: argparse.Namespace) -> list[Path]:
-    """Check and apply the flags of add_picture_flags; returns the pictures of --lr-dir."""
+def apply_image_flags(args: argparse.Namespace) -> dict[tuple, list[Path]]:
+    """Check and apply the flags of add_image_flags; return index_images of --lr-dir."""
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.range and not 1e-30 < args.range[1] - args.range[0] < 1e30:
         raise InputError("--range: LOW must be below HIGH")
-    return images_in([args.lr_dir], results=True) if args.lr_dir is not None else []
+    if args.lr_dir is None:
+        return {}
+    return index_images(find_images([args.lr_dir], True, folders_only=True), args.scale)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: an int or a float, `low` or more and below `high`."""
+    """Return an argparse type: an int or a float of at least `low` and below `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -639,59 +653,60 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
             raise argparse.ArgumentTypeError(f"{text!r} is not a number {limit}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse words kind's ValueError with it
+    parse.__name__ = kind.__name__  # argparse uses it in its message for a ValueError
     return parse
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Exit with main's status, with 2 and one line for bad input, with 128 + N for signal N."""
-    on_stop_signals(exit_by_signal)
-    # To give the memory of large arrays back and fetch it again, page by page, takes a tenth of
-    # the time of training and enlarging. Where there is no glibc, nothing happens.
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
-        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: else every thread keeps memory of its own
+    """Exit with main's status, with 2 after one line for bad input, or by the signal received."""
+    set_signal_handlers(raise_exit)
+    keep_freed_memory()
     with suppress(AttributeError):  # names that the terminal cannot print are escaped
         sys.stdout.reconfigure(errors="backslashreplace")
     status = 2
     try:
-        done = main()
-        print(end="", flush=True)
-        status = done
+        status = main()
+        sys.stdout.flush()
     except InputError as error:
         report(error)
-    except BrokenPipeError:  # who reads what is printed has had enough, like `head`
-        exit_by_signal(13, None)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except OSError as error:
-        where = error.filename or "stdout or the system"
-        report(InputError(f"{where}: {error.strerror or error}; name another place"))
+        if isinstance(
+            error, BrokenPipeError
+        ):  # the reader of a pipe, such as `head`, has closed it
+            status = 128 + 13  # SIGPIPE
+        else:
+            place = error.filename or "stdout or the system"
+            report(InputError(f"{place}: {error.strerror or error}; name another place"))
         if not error.filename:
-            sys.stdout = None  # or the end would try to print, too
+            sys.stdout = None  # otherwise Python flushes it once more at exit
+    if status == 128 + signal.SIGINT:  # a shell's loop over runs stops only if SIGINT ends this one
+        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 
-def on_stop_signals(handler: Callable | signal.Handlers) -> None:
-    """Handle what ends a program: Ctrl-C, a batch system's SIGTERM, a closing terminal."""
+def set_signal_handlers(handler: Callable | signal.Handlers) -> None:
+    """Handle Ctrl-C, a batch system's SIGTERM and a closing terminal, unless nohup ignores it."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signum = getattr(signal, name, None)  # Windows has no SIGHUP
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:  # nohup's stays ignored
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
 
 
-def exit_by_signal(signum: int, frame: object) -> None:
-    """A signal handler that ends the program at once, wherever it is; nothing partial is left."""
-    clear_up(LEFTOVERS)
-    os._exit(128 + signum)
+def raise_exit(signum: int, frame: object) -> None:
+    """End the program by an exception, so that `finally` blocks remove partial files."""
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + signum)
 
 
-def ignore_signals(worker: int) -> None:
-    """A DataLoader's worker_init_fn: what signals mean is the parent's to decide."""
-    on_stop_signals(signal.SIG_IGN)
-
-
-def report(error: InputError) -> None:
-    """Print an error as one line on stderr, names quoted exactly."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-    print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed arrays: returning it takes a tenth of the run time."""
+    with suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest
+        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+        libc.mallopt(-8, 1)  # M_ARENA_MAX, because every thread's arena would keep memory
