@@ -70,7 +70,7 @@ def dead_leaves(seed: int, side: int = 256, oversampling: int = 4) -> Image.Imag
 
     The radii have a density ~ r^-3 between one pixel and the image's side (Lee, Mumford, Huang,
     "Occlusion models for natural images", IJCV 2001; for training: Achddou, Gousseau, Ladjal,
-    2021). The image is drawn `oversampling` times as large to get soft edges.
+    2021). An `oversampling` times larger drawing gives soft edges.
     """
     rng = np.random.default_rng(seed)
     drawn_side = side * oversampling

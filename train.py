@@ -510,7 +510,7 @@ class RunFolder:
 
     def print_summary(self, state: Run, batches: Batches, pairs: list[Pair]) -> None:
         """Print what will be trained."""
-        self.baseline = "no --eval-file: the last weights are kept"
+        self.baseline = "without --eval-file best.pth has the last weights"
         if pairs:
             self.baseline = f"bicubic has {bicubic_psnr(pairs, state.args.scale):.2f} dB"
         if state.args.bf16 and not state.bf16:
@@ -575,7 +575,7 @@ class StopSignal:
     """Remembers Ctrl-C, SIGTERM or SIGHUP until the step is done; a second one ends at once.
 
     received: the signal that arrived in this process, 0 before.
-    agreed: the signal at which all processes stop; a single process needs nobody's agreement.
+    agreed: the signal at which all processes stop; with one process equal to `received`.
     """
 
     def __init__(self, world_size: int) -> None:

@@ -168,7 +168,7 @@ def _gaussian_mean(planes: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into an InputError of one line.
+    """Convert any error while a file is read to an InputError of one line.
 
     Args:
         kind: what the file should be: "image", "h5 file", ...
@@ -238,7 +238,7 @@ def is_image_name(relative: Path, results: bool) -> bool:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read and decode an image: the first frame, upright as its EXIF orientation says.
+    """Read and decode an image: the first frame, rotated by its EXIF orientation.
 
     Raises:
         InputError: missing, not an image, damaged, or larger than --max-pixels.

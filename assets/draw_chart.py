@@ -1,4 +1,4 @@
-"""Draw chart.png, the picture that test.py enlarges where no other is named.
+"""Draw chart.png, a synthetic test image.
 
 python assets/draw_chart.py
 """
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, FACTOR = 192, 4  # drawn FACTOR times as large and reduced: soft edges
+SIDE, FACTOR = 192, 4  # drawn FACTOR times as large and downscaled to get soft edges
 
 
 def draw_chart() -> Image.Image:
-    """A chart with text, fans of fine lines, rings and discs, SIDE pixels a side."""
+    """Return a chart with text, fans of fine lines, rings and bars, SIDE pixels per side."""
     big = SIDE * FACTOR
     image = Image.new("RGB", (big, big), (244, 241, 232))
     draw = ImageDraw.Draw(image)

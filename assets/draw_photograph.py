@@ -1,4 +1,4 @@
-"""Draw assets/photograph.png: a photograph, reduced by 3, and enlarged again in two ways.
+"""Draw assets/photograph.png: a photograph, downscaled by 3, then upscaled by bicubic and SRCNN.
 
 python assets/draw_photograph.py   # needs scikit-image
 
@@ -16,23 +16,23 @@ from skimage import data
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import enlarge, load_srcnn
-from utils import rounded_luma, shaved_psnr
+from models import load_srcnn, upscale
+from utils import luma, protocol_psnr
 
 SCALE, PART, CROP, ZOOM, MARGIN, LABEL = 3, (88, 0, 358, 270), (24, 136, 92, 204), 4, 8, 24
 
 
-def luma(image: Image.Image) -> np.ndarray:
-    """What the protocol measures."""
-    return rounded_luma(np.asarray(image, np.float32).transpose(2, 0, 1), 1.0)
+def image_luma(image: Image.Image) -> np.ndarray:
+    """Return the luma that the protocol measures."""
+    return luma(np.asarray(image, np.float32).transpose(2, 0, 1))
 
 
 def main() -> None:
     original = Image.fromarray(data.astronaut()).crop(PART)  # sides divide by 3
-    truth = luma(original)  # before a frame is drawn on it
+    hr = image_luma(original)  # before a frame is drawn on it
     small = original.resize([side // SCALE for side in original.size], Image.Resampling.BICUBIC)
     bicubic = small.resize(original.size, Image.Resampling.BICUBIC)
-    srcnn = enlarge(small, load_srcnn(ROOT / "weights" / f"srcnn_x{SCALE}.pth"), SCALE)
+    srcnn = upscale(small, load_srcnn(ROOT / "weights" / f"srcnn_x{SCALE}.pth"), SCALE)
     side = ZOOM * (CROP[2] - CROP[0])
     height = LABEL + original.height + MARGIN + side
     sheet = Image.new("RGB", (3 * side + 2 * MARGIN, height), "white")
@@ -41,7 +41,7 @@ def main() -> None:
         [("original", original), ("bicubic", bicubic), ("SRCNN", srcnn)]
     ):
         left = i * (side + MARGIN)
-        score = shaved_psnr(luma(image), truth, SCALE)
+        score = protocol_psnr(image_luma(image), hr, SCALE)
         label = name if image is original else f"{name}, {score:.1f} dB"
         draw.text((left + 2, 1), label, fill="black", font=font)
         magnified = image.crop(CROP).resize((side, side), Image.Resampling.NEAREST)

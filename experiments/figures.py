@@ -1,9 +1,9 @@
-"""Pictures of what paper.py found, and of what the shipped networks have learned.
+"""Draw figures of the results of paper.py, and of what the networks in weights/ have learned.
 
 python experiments/figures.py                     # after paper.py; writes experiments/*.png
 
-Needs experiments/requirements.txt. Filters and curves are ours; the photograph is scikit-image's
-`chelsea` (CC0, Stéfan van der Walt).
+Needs experiments/requirements.txt. The photograph of the feature maps is scikit-image's `chelsea`
+(CC0, Stéfan van der Walt).
 """
 
 import argparse
@@ -22,53 +22,53 @@ sys.path.insert(0, str(ROOT))  # before the standard library's own package `test
 try:
     import matplotlib
     from matplotlib import pyplot
-    from skimage import data as pictures
+    from skimage import data as skimage_data
 except ImportError:
     matplotlib = None
 
 from models import load_srcnn
-from paper import BATCH, EXPERIMENTS, history, matching, read_results, read_rows
-from utils import ArgumentParser, InputError, bicubic_pair, number, rounded_luma, run, write_whole
+from paper import BATCH_SIZE, EXPERIMENTS, history_path, matching, read_results, read_rows
+from utils import ArgumentParser, InputError, bicubic_pair, luma, number, run, write_file
 
-# Set5 x3, as the paper's figure of convergence shows them: lines of other methods.
-OTHERS = {"bicubic": 30.39, "SC": 31.42, "KK": 32.28, "A+": 32.59}
+# Other methods on Set5 x3, which the paper's figure of convergence shows as lines.
+OTHER_METHODS = {"bicubic": 30.39, "SC": 31.42, "KK": 32.28, "A+": 32.59}
 
 
 def save(figure: object, path: Path) -> None:
-    """Write a figure as PNG, the same bytes from the same data."""
+    """Write a figure as PNG; equal data gives equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
-    write_whole(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
     print(path)
 
 
 def draw_curves(args: argparse.Namespace, experiment: str, path: Path) -> None:
-    """PSNR over backpropagations of an experiment's variants, out of their histories."""
+    """Draw PSNR over backpropagations for an experiment's variants, from their histories."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for variant in EXPERIMENTS[experiment]:
-        path_of = history(args, variant, args.seed)
-        if not path_of.is_file():
-            print(f"{path_of}: is not there; first: paper.py {experiment}", file=sys.stderr)
+        history = history_path(args, variant, args.seed)
+        if not history.is_file():
+            print(f"{history}: missing; run paper.py {experiment} first", file=sys.stderr)
             continue
-        rows = read_rows(path_of)
-        done = np.linspace(0, args.steps, len(rows) + 1)[1:]
-        axes.plot(done * BATCH, [float(row["psnr"]) for row in rows], label=variant.name)
+        rows = read_rows(history)
+        steps = np.linspace(0, args.steps, len(rows) + 1)[1:]
+        axes.plot(steps * BATCH_SIZE, [float(row["psnr"]) for row in rows], label=variant.name)
     if not axes.lines:
         pyplot.close(figure)
         return
-    for name, psnr in OTHERS.items():
+    for name, psnr in OTHER_METHODS.items():
         axes.axhline(psnr, color="grey", linestyle=":", linewidth=1)
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8}
         axes.text(0.01, psnr, name, color="grey", **place)
     axes.set(xlabel="backpropagations (steps x batch)", ylabel="PSNR on Set5 x3, dB")
-    axes.set(xlim=(0, args.steps * BATCH), ylim=(30.2, None))
+    axes.set(xlim=(0, args.steps * BATCH_SIZE), ylim=(30.2, None))
     axes.legend(loc="lower right")
     save(figure, path)
 
 
 def draw_sizes(args: argparse.Namespace, path: Path) -> None:
-    """PSNR over the number of parameters: ours, and what the paper reports from ImageNet."""
+    """Draw PSNR over the number of parameters: ours, and the paper's from ImageNet."""
     rows = read_results(Path(args.results))
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     looks = (
@@ -99,7 +99,7 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
             )
     if not axes.lines:
         pyplot.close(figure)
-        print("no rows of sizes, filters or depth; first: paper.py sizes", file=sys.stderr)
+        print("no rows of sizes, filters or depth; run paper.py sizes first", file=sys.stderr)
         return
     axes.set(xscale="log", xlabel="parameters", ylabel="PSNR on Set5 x3, dB", xlim=(2500, 1e5))
     axes.set_xticks([4000, 8000, 16000, 32000, 64000])
@@ -110,7 +110,7 @@ def draw_sizes(args: argparse.Namespace, path: Path) -> None:
 
 
 def tile(planes: np.ndarray, columns: int) -> np.ndarray:
-    """N x H x W as one picture, with lines between, each plane stretched to 0..1."""
+    """Arrange N x H x W in a grid with lines between; each plane is scaled to 0..1."""
     low, high = (end((1, 2), keepdims=True) for end in (planes.min, planes.max))
     planes = (planes - low) / np.maximum(high - low, 1e-12)
     planes = np.pad(planes, ((0, -len(planes) % columns), (1, 1), (1, 1)), constant_values=1)
@@ -120,7 +120,7 @@ def tile(planes: np.ndarray, columns: int) -> np.ndarray:
 
 
 def draw_filters(path: Path) -> None:
-    """The first layer's filters, sorted by variance, at x2 and x3."""
+    """Draw the first layer's filters, sorted by variance, at x2 and x3."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 5))
     for ax, scale in zip(axes, (2, 3)):
         filters = load_srcnn(ROOT / "weights" / f"srcnn_x{scale}.pth").conv1.weight[:, 0]
@@ -132,9 +132,9 @@ def draw_filters(path: Path) -> None:
 
 
 def draw_features(path: Path) -> None:
-    """What the first two layers make of a photograph, at x3."""
-    rgb = np.asarray(pictures.chelsea(), np.float32).transpose(2, 0, 1)[:, :300, 60:390]
-    pair = bicubic_pair(rounded_luma(rgb, 1.0), 1.0, 3)
+    """Draw the activations of the first two layers for a photograph, at x3."""
+    rgb = np.asarray(skimage_data.chelsea(), np.float32).transpose(2, 0, 1)[:, :300, 60:390]
+    pair = bicubic_pair(luma(rgb), 3)
     model = load_srcnn(ROOT / "weights" / "srcnn_x3.pth")
     x, grids = torch.tensor(pair.ilr)[None, None] / 255, []
     with torch.no_grad():
@@ -144,8 +144,8 @@ def draw_features(path: Path) -> None:
             grids.append(tile(x[0, order].sqrt().numpy(), 4))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5))
     titles = "input: bicubic, x3", "conv1, 16 of 64", "conv2, 16 of 32"
-    for ax, picture, title in zip(axes, (pair.ilr, *grids), titles):
-        ax.imshow(picture, cmap="gray")
+    for ax, image, title in zip(axes, (pair.ilr, *grids), titles):
+        ax.imshow(image, cmap="gray")
         ax.set(title=title, xticks=[], yticks=[])
     save(figure, path)
 
@@ -163,8 +163,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if matplotlib is None:
-        cure = "pip install -r experiments/requirements.txt"
-        raise InputError(f"matplotlib, scikit-image: are needed; {cure}")
+        raise InputError("matplotlib: missing; pip install -r experiments/requirements.txt")
     matplotlib.use("agg")
     draw_filters(args.output_dir / "filters.png")
     draw_features(args.output_dir / "features.png")

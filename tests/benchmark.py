@@ -1,4 +1,4 @@
-"""How fast training and enlarging are, as ratios within one run. By hand, on an idle machine.
+"""Measure the speed of training and upscaling as ratios within one run, on an idle machine.
 
 python tests/benchmark.py train
 python tests/benchmark.py upscale
@@ -41,7 +41,7 @@ def wait(device: torch.device) -> None:
 
 
 def rate(function: object, device: torch.device, seconds: float = 3.0) -> float:
-    """Calls a second, after a first call that does not count."""
+    """Return calls per second; a first call is not counted."""
     function()
     wait(device)
     start, calls = time.perf_counter(), 0
@@ -55,7 +55,7 @@ def rate(function: object, device: torch.device, seconds: float = 3.0) -> float:
 
 
 def matmul_rate(device: torch.device, size: int = 2048) -> float:
-    """Operations a second of a large float32 matrix product: the machine's peak."""
+    """Return operations per second of a large float32 matrix product: the machine's peak."""
     a, b = torch.randn(2, size, size, device=device)
     return 2 * size**3 * rate(lambda: a @ b, device, 2.0)
 
@@ -64,7 +64,7 @@ def matmul_rate(device: torch.device, size: int = 2048) -> float:
 
 
 class TheirDataset(Dataset):
-    """The forks': the file is opened for every item."""
+    """yjn870's data set: the file is opened for every item."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,7 +80,7 @@ class TheirDataset(Dataset):
 
 
 def their_loop(path: Path, device: torch.device, seconds: float) -> float:
-    """Patches a second of the textbook loop that the forks use."""
+    """Return patches per second of yjn870's training loop."""
     warnings.simplefilter("ignore")  # of more workers than cores, and no pinned memory
     layers = [nn.Conv2d(1, 64, 9, padding=4), nn.Conv2d(64, 32, 5, padding=2)]
     last = nn.Conv2d(32, 1, 5, padding=2)
@@ -101,7 +101,7 @@ def their_loop(path: Path, device: torch.device, seconds: float) -> float:
 
 
 def our_loop(path: Path, device: torch.device, bf16: bool, seconds: float) -> float:
-    """Patches a second of train.py as a user calls it, loading and average included."""
+    """Return patches per second of train.py as a user calls it, loading and EMA included."""
     with tempfile.TemporaryDirectory() as folder:
         evaluation = Path(folder, "eval.h5")
         argv = ["--synthetic", "1", "--scale", "3", "--eval", "--output-path", evaluation]
@@ -111,7 +111,7 @@ def our_loop(path: Path, device: torch.device, bf16: bool, seconds: float) -> fl
         command += ["--device", device.type, *["--bf16"] * bf16]
         run([*command, "--num-workers", 0])
         state = torch.load(Path(folder, "x3", "last.pth"), weights_only=True)
-    return 16 * state["counters"]["steps"] / state["counters"]["seconds"]
+    return 16 * state["global_step"] / state["seconds"]
 
 
 def run(command: list) -> None:
@@ -155,7 +155,7 @@ def benchmark_train(args: argparse.Namespace) -> None:
 
 
 def peak_memory(command: list) -> tuple[float, float]:
-    """(seconds, GB resident at the most) of a python process."""
+    """Run a python process; return (seconds, peak resident GB)."""
     start, peak = time.perf_counter(), 0
     command = [sys.executable, *map(str, command)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -188,7 +188,7 @@ def benchmark_upscale(args: argparse.Namespace) -> None:
             plain.layers[-1](z)
 
     tiled, naive, peaks = [], [], []
-    for _ in range(3):  # in turn, so that a slow moment does not hit one of them only
+    for _ in range(3):  # alternating, so that a slow moment affects both
         peaks.append(matmul_rate(device))
         tiled.append(rate(lambda: restore(model, y, args.tile), device))
         naive.append(rate(whole, device))
@@ -198,11 +198,11 @@ def benchmark_upscale(args: argparse.Namespace) -> None:
         share = max(rates) * pixels * OPERATIONS / peak
         print(f"{name:25} {max(rates) * pixels / 1e6:8.2f} MP/s = {share:.0%} of matmul")
     print(f"ratio                     {max(tiled) / max(naive):8.2f}")
-    picture = prepare.dead_leaves(0, 1024, 1)
+    image = prepare.dead_leaves(0, 1024, 1)
     with tempfile.TemporaryDirectory() as folder:
         for size in (1155, 770), (2560, 1440):
             path = Path(folder, "in.png")
-            picture.resize(size, Image.Resampling.BICUBIC).save(path)
+            image.resize(size, Image.Resampling.BICUBIC).save(path)
             command = [ROOT / "test.py", "--image-file", path, "--device", device.type]
             seconds, memory = peak_memory([*command, *["--half"] * args.half])
             megapixels = 9 * size[0] * size[1] / 1e6
@@ -230,7 +230,7 @@ def benchmark_time_to_psnr(args: argparse.Namespace) -> None:
         command = [ROOT / "train.py", "--train-file", files[0], "--eval-file", files[1]]
         command += ["--scale", args.scale, "--outputs-dir", folder]
         targets = args.target or [32.39, 32.75]
-        for seed, recipe in itertools.product(args.seeds, args.recipes):  # in turn
+        for seed, recipe in itertools.product(args.seeds, args.recipes):  # alternating
             run([*command, "--seed", seed, *shlex.split(recipe)])
             with Path(folder, f"x{args.scale}", "history.csv").open() as file:
                 rows = [(float(r["psnr"]), float(r["seconds"])) for r in csv.DictReader(file)]
@@ -262,7 +262,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     psnr.add_argument("--stride", type=int, default=16)
     psnr.add_argument("--shrink", nargs="+", default=[])
     psnr.add_argument("--seeds", type=int, nargs="+", default=[1])
-    psnr.add_argument("recipes", nargs="+", help="flags of train.py in quotes, run in turn")
+    psnr.add_argument("recipes", nargs="+", help="flags of train.py in quotes, run alternately")
     psnr.set_defaults(main=benchmark_time_to_psnr)
     return parser
 

@@ -1,6 +1,7 @@
-"""experiments/: one experiment of each kind, at toy size; a killed run; the pictures."""
+"""experiments/: one experiment of each kind at toy size, a killed run, the figures."""
 
 import csv
+import re
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ COMMAND = ROOT / "experiments" / "paper.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Drawn pictures to train on and to score."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Return a folder of synthetic images to train on and to score."""
+    folder = tmp_path_factory.mktemp("images")
     for name, seeds in ("train", range(2)), ("Set5", range(5, 7)):
         (folder / name).mkdir()
         for seed in seeds:
@@ -45,7 +46,7 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def test_every_experiment_is_listed_with_the_papers_figure():
+def test_every_experiment_is_listed_with_the_papers_result():
     result = result_of("--list")
     assert (result.status, result.err) == (0, "")
     for words in (
@@ -65,7 +66,7 @@ def test_every_experiment_is_listed_with_the_papers_figure():
         assert any(all(word in line for word in words) for line in lines), words
 
 
-def test_a_killed_run_goes_on_and_its_histories_become_pictures(argv, tmp_path):
+def test_a_killed_run_is_resumed_and_its_histories_become_figures(argv, tmp_path):
     words = [sys.executable, COMMAND, "filters", *argv]
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
     while len(list((tmp_path / "work").glob("*/x3/last.pth"))) < 2 and process.poll() is None:
@@ -82,22 +83,22 @@ def test_a_killed_run_goes_on_and_its_histories_become_pictures(argv, tmp_path):
     assert [row["parameters"] for row in rows] == ["20160", "8032", "3504"]
     assert {row["set"] for row in rows} == {"Set5"}
     assert {(row["steps"], row["batch"], row["seed"]) for row in rows} == {("20", "16", "1")}
-    assert "going on in epoch" in result.out
-    assert result.out.count("$ python train.py --train-file") == 1  # the third alone began anew
-    table = result.out.splitlines()[-3:]
+    assert result.out.count("resuming in epoch") == 1  # the third variant starts a new run
+    assert result.out.count("$ python train.py --train-file") == 2
+    table = result.out.splitlines()[-4:-1]
     assert [line.split()[0] for line in table] == ["128-64", "64-32", "32-16"]
 
     assert result_of("convergence", *argv).status == 0
-    pictures = tmp_path / "pictures"
-    flags = argv[4:] + ["--output-dir", pictures]
+    figures = tmp_path / "figures"
+    flags = argv[4:] + ["--output-dir", figures]
     done = spawn(ROOT / "experiments" / "figures.py", *flags)
     assert done.returncode == 0, done.stderr
     names = "convergence", "features", "filters", "sizes"
-    assert sorted(tree(pictures)) == [f"{name}.png" for name in names]
-    assert "first: paper.py depth" in done.stderr
+    assert sorted(tree(figures)) == [f"{name}.png" for name in names]
+    assert "run paper.py depth first" in done.stderr
 
 
-def test_every_strategy_of_colour_gets_a_row_for_each_plane(argv, tmp_path):
+def test_every_colour_strategy_has_a_row_for_each_plane(argv, tmp_path):
     result = result_of("colour", *argv)
     assert result.status == 0, result.err
     rows = rows_of(tmp_path / "results.csv")
@@ -120,7 +121,7 @@ def test_the_colour_planes_are_the_papers():
     assert (cb, cr) == (45.45, 45.42)
 
 
-def test_speed_is_measured_in_seconds_a_picture(argv, tmp_path):
+def test_speed_is_measured_in_seconds_per_image(argv, tmp_path):
     assert result_of("speed", *argv).status == 0
     rows = rows_of(tmp_path / "results.csv")
     seconds = {row["variant"]: float(row["seconds"]) for row in rows}
@@ -142,7 +143,9 @@ def test_bad_input_is_one_line(argv, tmp_path):
     assert not tree(tmp_path)
 
 
-def test_what_is_known_is_printed_without_a_picture(tmp_path):
+def test_stored_results_are_printed_without_images_and_say_where_they_are_from(tmp_path):
     result = spawn(ROOT / "experiments/paper.py", "data", "seen", cwd=tmp_path)
     assert (result.returncode, result.stderr, tree(tmp_path)) == (0, "", {})
     assert "an eighth of T91" in result.stdout
+    assert "results.csv (commit b211040; seed 1); --results FILE trains again" in result.stdout
+    assert re.search(r"^T91 +Set5 +32\.39 +32\.\d\d ", result.stdout, re.MULTILINE)
