@@ -5,6 +5,7 @@ N x P x P (with C channels N x C x P x P) in 0..255. Evaluation files hold group
 with datasets "0", "1", ... of H x W (C x H x W). This is the layout of yjn870/SRCNN-pytorch.
 """
 
+import gc
 import math
 import os
 import signal
@@ -22,7 +23,11 @@ MAX_RESIDENT_BYTES = 2 << 30  # larger sets of patches are streamed from disk by
 HINT = "create it again with prepare.py"
 
 
-def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict[str, str]:
+class DataLoadingError(InputError):
+    """A lost worker or a damaged patch in the middle of a run."""
+
+
+def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict:
     """Return the attributes of an open h5 file after checking its layout and scale.
 
     Args:
@@ -34,7 +39,18 @@ def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict[str, str
     file_scale = file.attrs.get("scale", scale)  # yjn870's files do not have it
     if scale is not None and file_scale != scale:
         raise InputError(f"was made for --scale {file_scale}, not {scale}; change one of them")
-    return {name: str(value) for name, value in file.attrs.items()}
+    first = file["hr"][:256] if kind is h5py.Dataset else file["hr"][min(file["hr"], default="0")]
+    if np.size(first) and 0 < np.max(first) <= 1:
+        raise InputError(f"contains values in 0..1 instead of 0..255; {HINT}")
+    return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
+
+
+def check_compatible(path: str | Path, attributes: dict, others: dict) -> None:
+    """Refuse to combine files of different degradations, value ranges or bit depths."""
+    for name in ("degradation", "jpeg", "range", "bit_depth"):  # yjn870's files do not have them
+        ours, theirs = attributes.get(name), others.get(name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise InputError(f"{path}: has {name} {ours}, the other file {theirs}; use equal ones")
 
 
 def read_finite(dataset: h5py.Dataset, rows: object = ...) -> np.ndarray:
@@ -63,7 +79,7 @@ class H5Patches(Dataset):
 
     def __init__(self, paths: Sequence[str | Path], scale: int | None, halo: int) -> None:
         self.paths = list(paths)
-        self.starts, self.datasets, shapes = [0], None, []
+        self.starts, self.datasets, self.attributes, shapes = [0], None, {}, []
         for path in paths:
             with open_input(path, "h5 file", HINT), h5py.File(path, "r") as file:
                 attributes = read_layout(file, h5py.Dataset, scale)
@@ -79,10 +95,17 @@ class H5Patches(Dataset):
                 if shapes[-1] != shapes[0]:
                     raise InputError(f"has patches of {shapes[-1]}, not {shapes[0]}; use one kind")
                 self.starts.append(self.starts[-1] + ilr[0])
-        self.patch_shape, self.attributes = shapes[0], attributes
+            self.attributes = self.attributes or attributes
+            check_compatible(path, attributes, self.attributes)
+        self.patch_shape = shapes[0]
 
     def __len__(self) -> int:
         return self.starts[-1]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all patches, `lr` and `hr`."""
+        return 2 * 4 * len(self) * math.prod(self.patch_shape)
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"datasets": None}  # open h5 files cannot be sent to a process
@@ -146,11 +169,9 @@ class Batches:
         self.batch_size = min(batch_size, len(patches) // world_size * world_size)
         self.rank_slice = slice(rank, None, world_size)  # of every batch
         self.num_workers = min(num_workers, os.cpu_count() or 1)
-        if stream is None:
-            stream = 2 * 4 * len(patches) * math.prod(patches.patch_shape) > MAX_RESIDENT_BYTES
-        self.stream = stream
+        self.stream = patches.nbytes > MAX_RESIDENT_BYTES if stream is None else stream
         self.symmetries = square_symmetries(patches.patch_shape[-1]).to(device)
-        self.resident = None if stream else [planes.to(device) for planes in patches.load()]
+        self.resident = None if self.stream else [planes.to(device) for planes in patches.load()]
 
     def __len__(self) -> int:
         """The number of full batches in an epoch; the remainder is dropped."""
@@ -185,20 +206,24 @@ class Batches:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
+        iterator = iter(loader)
+        if hasattr(signal, "SIGCHLD"):
+            # torch's handler raises at any point of a step; the loader notices a lost worker
+            # at the next batch without it.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            iterator = iter(loader)
-            if hasattr(signal, "SIGCHLD"):
-                # torch's handler raises at any point of a step; the loader notices a lost worker
-                # at the next batch without it.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             yield from iterator
+            return
         except InputError as error:  # from a worker: its traceback precedes the message
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+            message = str(error).rpartition("InputError: ")[2].strip()
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             hint = "continue with --resume and fewer workers if memory was short"
-            raise InputError(f"--num-workers: a worker was killed; {hint}") from error
+            message = f"--num-workers: a worker was killed; {hint}"
+        del iterator
+        gc.collect()  # the caught error refers to the iterator, whose end stops the workers
+        raise DataLoadingError(message)
 
     def _transform(self, batch: torch.Tensor, transform: torch.Tensor, crop: int) -> torch.Tensor:
         """Flip and rotate each patch, crop, and scale to 0..1."""
@@ -243,6 +268,8 @@ def read_eval_pairs(path: str | Path, scale: int | None = None) -> tuple[list[Pa
             ilr, hr = read_finite(file["lr"][name]), read_finite(file["hr"][name])
             if ilr.shape != hr.shape or ilr.ndim not in (2, 3):
                 raise InputError(f"image {name!r} differs in shape between 'lr' and 'hr'; {HINT}")
-            greyscale = hr.ndim == 3 and len(hr) == 3 and not np.ptp(hr, axis=0).any()
-            pairs.append(Pair(ilr, hr, quantum=quantum, greyscale=greyscale))
+            attrs = file["hr"][name].attrs
+            greyscale = bool(attrs.get("greyscale", False))
+            image_name = str(attrs.get("name", f"{Path(path).name}/{name}"))
+            pairs.append(Pair(ilr, hr, quantum=quantum, greyscale=greyscale, name=image_name))
     return pairs, attributes

@@ -41,6 +41,11 @@ class SRCNN(nn.Module):
         init: "identity" (the untrained network returns its input), "gaussian" (the paper's)
             or "default" (PyTorch's).
 
+    Attributes:
+        halo: pixels by which a `valid` output is smaller on each side.
+        info: what the weights were trained for, as far as it is known: "degradation" ("bicubic"
+            or "pairs"), "scale", "range" and "bit_depth" of the images. Stored in weights files.
+
     Raises:
         ValueError: arguments that describe no network, or an unknown `init`.
     """
@@ -61,13 +66,20 @@ class SRCNN(nn.Module):
         for i, kernel_size in enumerate(kernel_sizes):
             self.add_module(f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size))
         self.num_channels = num_channels
-        self.halo = sum(k // 2 for k in kernel_sizes)  # pixels by which `valid` shrinks each side
+        self.info = {}
+        self.halo = sum(k // 2 for k in kernel_sizes)
         self._initialize(init)
 
     @property
     def layers(self) -> list[nn.Conv2d]:
         """The convolutions in order: conv1, conv2, ..."""
         return list(self.children())
+
+    @property
+    def architecture(self) -> str:
+        """The kernel sizes as the paper writes them, such as 9-5-5."""
+        name = "-".join(str(layer.kernel_size[0]) for layer in self.layers)
+        return name if self.num_channels == 1 else f"{name} with {self.num_channels} channels"
 
     def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
         """Restore an image that bicubic interpolation has upscaled.
@@ -121,13 +133,14 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
         InputError: missing, truncated, not SRCNN's, not finite, or with other objects than
             tensors and plain values.
     """
-    kind, hint = "weights file of SRCNN: conv1.weight, conv1.bias, ...", "train one with train.py"
-    with open_input(path, kind, hint), warnings.catch_warnings():
+    hint = "it must contain conv1.weight, conv1.bias, ...; train one with train.py"
+    with open_input(path, "SRCNN weights file", hint), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an exception follows
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("ema", "average", "model", "state_dict"):  # "average": last.pth of version 2
+        for key in ("ema", "model", "state_dict"):
             if isinstance(state.get(key), dict):
                 state = state[key]
+        info = dict(getattr(state, "_metadata", {}).get("srcnn", {}))
         # DataParallel saves names with a prefix.
         state = {re.sub(r"^module\.", "", name): w for name, w in state.items()}
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
@@ -141,6 +154,7 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
         model.load_state_dict(state)
         if not all(w.isfinite().all() for w in state.values()):
             raise InputError("contains NaN or infinity; use another file")
+        model.info = info
     return model.to(device)
 
 
@@ -221,7 +235,7 @@ def restore(
         list(pool.map(restore_tile, corners))
     torch.set_num_threads(threads)  # the workers' setting is partly global
     if not np.isfinite(sr).all():
-        raise InputError("--weights-file: the network's output is not finite; use other weights")
+        raise InputError("model: its output is not finite; use other weights")
     return sr.reshape(ilr.shape)
 
 
@@ -258,7 +272,9 @@ class SelfEnsemble(nn.Module):
 
     def __init__(self, model: SRCNN) -> None:
         super().__init__()
-        self.model, self.halo, self.num_channels = model, model.halo, model.num_channels
+        self.model, self.halo = model, model.halo
+        self.num_channels, self.info = model.num_channels, model.info
+        self.architecture = f"{model.architecture} self-ensemble"
 
     def forward(self, x: torch.Tensor, valid: bool = True) -> torch.Tensor:
         """Return what SRCNN.forward returns with `valid`."""
@@ -279,18 +295,24 @@ def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
     Irani and Peleg, "Improving resolution by image registration", 1991; as the last step in
     Timofte et al., "Seven ways", CVPR 2016. Areas of one colour become exact.
     """
-    for _ in range(steps):
+    for _ in range(steps if sr.shape != lr.shape else 0):  # at scale 1 it would undo the network
         sr = sr + resize(lr - resize(sr, lr.shape[-2:]), sr.shape[-2:])
     return sr
+
+
+def default_back_projection(model: nn.Module) -> int:
+    """Return 1 step, or 0 for networks trained on pairs: their LR images are not bicubic's."""
+    return 1 if model.info.get("degradation", "bicubic") == "bicubic" else 0
 
 
 def upscale(
     image: Image.Image | Planes,
     model: nn.Module,
     scale: int,
-    back_projection: int = 1,
+    back_projection: int | None = None,
     tile: int | None = None,
     band: int = BAND,
+    edges: str = "edge",
 ) -> Image.Image:
     """Upscale an image; greyscale and 16-bit greyscale are preserved.
 
@@ -301,9 +323,11 @@ def upscale(
         image: an image of any Pillow mode, or the result of `decode`.
         model: what load_srcnn returns, or SelfEnsemble.
         scale: whole number; the output is `scale` times as wide and high.
-        back_projection: steps, see `back_project`; 0 is the network alone.
+        back_projection: steps, see `back_project`; None is default_back_projection.
         tile: see `restore`.
         band: output pixels that are in memory at once; the result does not depend on it.
+        edges: what is outside of the image: "edge" repeats its edge, "wrap" the other side, so
+            that seamless textures stay seamless.
 
     Raises:
         TypeError: an argument of another type, such as a file name.
@@ -313,12 +337,11 @@ def upscale(
         raise TypeError(f"image: must be a PIL image, not {image!r}; open it with open_image")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
-    if scale < 1 or scale != int(scale):
-        raise InputError(f"scale: must be a whole number, not {scale}")
+    if not isinstance(scale, int) or scale < 1:
+        raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
     if model.num_channels not in (1, 3):
         raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
     planes = image if isinstance(image, Planes) else decode(image)
-    height, width = planes.colour.shape[1:]
     lr, num_colours = planes.levels(), len(planes.colour)
     if planes.alpha is not None:
         alpha = np.asarray(planes.alpha[None], np.float32)
@@ -327,11 +350,15 @@ def upscale(
     if luma_only:
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
         num_colours = 1  # that the network restores
-    rows = max(1, band // (scale * scale * width))
     # LR rows that an output row depends on: by the network and bicubic, and by back-projection.
     network_margin = math.ceil(model.halo / scale) + 2
-    back_projection *= scale > 1  # at scale 1 it would undo the network
-    margin = network_margin + 4 * back_projection
+    steps = default_back_projection(model) if back_projection is None else back_projection
+    margin = network_margin + 4 * steps
+    padding = margin if edges == "wrap" else 0
+    if padding:
+        lr = np.pad(lr, ((0, 0), (padding, padding), (padding, padding)), mode="wrap")
+    height, width = lr.shape[1:]
+    rows = max(1, band // (scale * scale * width))
     result = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
@@ -339,10 +366,13 @@ def upscale(
         part = lr[:, first:last]
         sr = resize(part, (scale * part.shape[1], scale * width))
         restored = restore_colours(model, sr[:num_colours], tile, discard)
-        sr[:num_colours] = back_project(restored, part[:num_colours], back_projection)
+        sr[:num_colours] = back_project(restored, part[:num_colours], steps)
         sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if luma_only else sr
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
         result.paste(planes.to_image(sr), (0, scale * top))
+    if padding:
+        border = scale * padding
+        result = result.crop((border, border, result.width - border, result.height - border))
     return result
 
 

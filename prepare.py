@@ -9,6 +9,7 @@ python prepare.py --download data                               # T91, Set5 and 
 import argparse
 import hashlib
 import io
+import itertools
 import math
 import os
 import shutil
@@ -28,7 +29,17 @@ from tqdm import tqdm
 
 from utils import ArgumentParser, add_image_flags, apply_image_flags, number, report_errors, run
 from utils import InputError, atomic_path, check_outputs, open_input, write_file
-from utils import Pair, bicubic_pair, find_images, find_match, open_image, read_pair, to_levels
+from utils import (
+    Pair,
+    find_images,
+    jpeg_lr_image,
+    make_pair,
+    match_images,
+    only_match,
+    open_image,
+    read_pair,
+)
+from utils import unique_names
 
 LAYOUT_VERSION = 1
 CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for a short index
@@ -37,29 +48,46 @@ CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for 
 
 
 def make_pairs(
-    args: argparse.Namespace, images: dict, lr_index: dict, factors: list[float], failed: list
+    args: argparse.Namespace, images: dict, lr_paths: dict, factors: list[float], failed: list
 ) -> Iterator[tuple[object, Pair]]:
-    """Yield (name, Pair) for every image, and for its copies downscaled by the factors.
+    """Yield (path, Pair) for every image, and for its copies downscaled by the factors.
 
     Args:
-        images: what find_images returns, or {seed: None} for synthetic images.
-        lr_index: index_images of --lr-dir; empty to make the LR images by bicubic.
-        failed: receives the names of images that cannot be used, which are reported.
+        images: names by path, or by seed for synthetic images.
+        lr_paths: match_images of --lr-dir; empty to make the LR images by bicubic.
+        failed: receives the paths of images that cannot be used, which are reported.
     """
-    for name, relative in images.items():
-        with report_errors(name, failed):
-            if lr_index:
-                lr_path = find_match(name, relative, lr_index, args.scale, "--lr-dir")
-                yield name, read_pair(name, lr_path, args.scale, args.num_channels, args.range)
-                continue
-            image = dead_leaves(name) if args.synthetic else open_image(name)
-            if factors and image.mode in ("1", "P"):  # Pillow does not interpolate these
-                image = image.convert("L" if image.mode == "1" else "RGB")
-            for factor in (1, *factors):
-                size = [max(1, round(factor * side)) for side in image.size]
-                copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
-                levels, planes = to_levels(copy, args.num_channels, args.range)
-                yield name, bicubic_pair(levels, args.scale, planes.quantum)
+    rng = np.random.default_rng(args.seed)
+    for path, name in images.items():
+        with report_errors(path, failed):
+            if lr_paths:
+                lr_path = only_match(path, lr_paths[path], "--lr-dir")
+                pairs = [read_pair(path, lr_path, args.scale, args.num_channels, args.range)]
+            else:
+                image = dead_leaves(path) if args.synthetic else open_image(path)
+                pairs = degraded_pairs(image, factors, args, rng)
+            for pair in pairs:
+                pair.name = name
+                yield path, pair
+
+
+def degraded_pairs(
+    image: Image.Image, factors: list[float], args: argparse.Namespace, rng: np.random.Generator
+) -> Iterator[Pair]:
+    """Yield the pair of an image, and of its copies downscaled by the factors.
+
+    The LR image is the protocol's, or with --jpeg a JPEG of random quality.
+    """
+    if factors and image.mode in ("1", "P"):  # Pillow does not interpolate these
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    for factor in (1, *factors):
+        size = [max(1, round(factor * side)) for side in image.size]
+        copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
+        lr_image = None
+        if args.jpeg and min(size) >= args.scale:
+            quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1))
+            lr_image = jpeg_lr_image(copy, args.scale, quality, args.range)
+        yield make_pair(copy, lr_image, args.scale, args.num_channels, args.range)
 
 
 # --- synthetic images -----------------------------------------------------------------------
@@ -120,7 +148,8 @@ def append_image(file: h5py.File, pair: Pair) -> int:
         return 0
     for name, planes in ("lr", pair.ilr), ("hr", pair.hr):
         group = file.require_group(name)
-        group.create_dataset(str(len(group)), data=planes)
+        dataset = group.create_dataset(str(len(group)), data=planes)
+        dataset.attrs.update({"name": pair.name, "greyscale": pair.greyscale})
     return 1
 
 
@@ -167,9 +196,9 @@ def write_h5(
         The number of patches or images; without any, the file is not complete.
 
     Raises:
-        InputError: images of different bit depths.
+        InputError: images of different value ranges or bit depths.
     """
-    count, quantum = 0, None
+    count, source = 0, None
     with DeferredErrors(path, "w+") as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
@@ -177,12 +206,11 @@ def write_h5(
                 target.check()
                 if not added:
                     print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
-                if quantum not in (None, pair.quantum):
-                    raise InputError(f"{name}: has another bit depth than the images before it")
-                count, quantum = count + added, pair.quantum
-            file.attrs.update(attributes)
-            if append is append_image and count:
-                file.attrs["rounding"] = quantum  # train.py then scores as test.py does
+                if source not in (None, pair.source):
+                    raise InputError(f"{name}: is {pair.source}, the images before it {source}")
+                count, source, quantum = count + added, pair.source, pair.quantum
+            if count:  # "rounding" is the quantum, with which train.py scores as test.py does
+                file.attrs.update(attributes | source | {"rounding": quantum})
         target.check()
     return count
 
@@ -242,6 +270,17 @@ def extract(archive: io.IOBase | str, folder: Path, missing: dict[str, str]) -> 
                     write_file(folder / name, content)
 
 
+def fetch(url: str, folder: Path, missing: dict[str, str]) -> None:
+    """Download a zip archive to a temporary file and extract the missing files."""
+    with urllib.request.urlopen(url, timeout=30) as response, tempfile.TemporaryFile() as file:
+        bar = {"desc": Path(url).name, "disable": None}
+        with tqdm.wrapattr(response, "read", response.length, **bar) as body:
+            shutil.copyfileobj(body, file)
+        if response.length:
+            raise OSError(f"broke off, {response.length:,} bytes are missing")
+        extract(file, folder, missing)
+
+
 def download(
     folder: Path,
     archive: str | None = None,
@@ -264,17 +303,7 @@ def download(
         if not missing:
             break
         try:
-            with (
-                urllib.request.urlopen(url, timeout=30) as response,
-                tqdm.wrapattr(
-                    response, "read", response.length, desc=Path(url).name, disable=None
-                ) as body,
-                tempfile.TemporaryFile() as file,
-            ):
-                shutil.copyfileobj(body, file)
-                if response.length:
-                    raise OSError(f"broke off, {response.length:,} bytes are missing")
-                extract(file, folder, missing)
+            fetch(url, folder, missing)
         except Exception as error:  # no connection, an interrupted one, a damaged archive
             following = "; trying the next source" if i < len(sources) else ""
             print(f"{url}: {error}{following}", file=sys.stderr)
@@ -304,8 +333,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_image_flags(group)
     shrink = "also use copies downscaled by these factors"
     add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=shrink)
+    jpeg = "save the LR images as JPEG of a random quality in this range"
+    quality = number(int, 1, 101)
+    add("--jpeg", type=quality, nargs=2, metavar=("LOW", "HIGH"), help=jpeg)
     add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma (default), 3: RGB")
-    add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic and --hold-out")
+    add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic, --hold-out and --jpeg")
 
     add = parser.add_argument_group("h5 file").add_argument
     add("--output-path", metavar="FILE", help="the h5 file to write")
@@ -323,8 +355,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("--output-path", "--scale"):
         if getattr(args, flag[2:].replace("-", "_")) is None:
             raise InputError(f"the following arguments are required: {flag}")
-    if args.lr_dir is not None and (args.synthetic or args.shrink):
-        raise InputError("--lr-dir: use it with --images-dir and without --shrink")
+    if args.lr_dir is not None and (args.synthetic or args.shrink or args.jpeg):
+        raise InputError("--lr-dir: use it with --images-dir, without --shrink and --jpeg")
+    if args.jpeg and args.jpeg[0] > args.jpeg[1]:
+        raise InputError("--jpeg: LOW must not exceed HIGH")
     if args.scale == 1 and args.lr_dir is None:
         raise InputError("--scale 1: use it with --lr-dir and images of equal size")
     if args.hold_out and args.eval:
@@ -338,32 +372,35 @@ def main(args: argparse.Namespace) -> int:
         download(args.download, args.archive)
         return 0
     check_flags(args)
-    lr_index = apply_image_flags(args)
+    apply_image_flags(args)
+    lr_paths = match_images(args.images_dir, args.lr_dir, args.scale) if args.lr_dir else {}
     if args.synthetic:  # a seed gives other images to an evaluation file than to a training file
         first = 1_000_000 * args.eval + 10_000 * args.seed
-        images = dict.fromkeys(range(first, first + args.synthetic))
+        images = {seed: f"synthetic/{seed}" for seed in range(first, first + args.synthetic)}
     else:
-        images = find_images(args.images_dir, folders_only=True)
+        paths = find_images(args.images_dir, folders_only=True)
+        paths = {path: relative for path, relative in paths.items() if path in (lr_paths or paths)}
+        images = {p: name.with_suffix("").as_posix() for p, name in unique_names(paths).items()}
     jobs = [(args.output_path, images, args.eval)]  # (h5 file, images, whether they stay whole)
     if args.hold_out:
         train_images, eval_images = hold_out(images, args.hold_out, args.seed)
         eval_path = f"{os.path.splitext(args.output_path)[0]}_eval.h5"
         jobs = [(eval_path, eval_images, True), (args.output_path, train_images, False)]
-    lr_paths = [path for paths in lr_index.values() for path in paths]
-    inputs = [] if args.synthetic else [*images, *lr_paths]
+    inputs = [] if args.synthetic else [*images, *itertools.chain(*lr_paths.values())]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
 
     failed, summary = [], []
     with ExitStack() as files:  # no file appears before all are complete
         for path, job_images, whole in jobs:
             attributes = {"scale": args.scale, "version": LAYOUT_VERSION}
-            attributes["degradation"] = "pairs" if lr_index else "bicubic"
+            attributes["degradation"] = "pairs" if lr_paths else "jpeg" if args.jpeg else "bicubic"
+            attributes |= {"jpeg": args.jpeg} if args.jpeg else {}
             append = append_image
             if not whole:
                 append = partial(append_patches, size=args.patch_size, stride=args.stride)
                 attributes |= {"patch_size": args.patch_size, "stride": args.stride}
             factors = args.shrink if whole == args.eval else []  # held-out images have no copies
-            pairs = make_pairs(args, job_images, lr_index, factors, failed)
+            pairs = make_pairs(args, job_images, lr_paths, factors, failed)
             total = len(job_images) * (1 + len(factors))
             progress_bar = tqdm(pairs, "images", total, leave=False, disable=None)
             count = write_h5(
@@ -374,6 +411,8 @@ def main(args: argparse.Namespace) -> int:
                     raise SystemExit(2)
                 raise InputError("--patch-size, --scale: no image is large enough; lower them")
             summary.append(f"{path}: {count} {'images' if whole else 'patches'} for x{args.scale}")
+            if args.hold_out and whole:
+                summary.append(f"held out: {', '.join(job_images.values())}")
     print(*summary, sep="\n")
     return 2 if failed else 0
 

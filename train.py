@@ -15,6 +15,7 @@ import copy
 import io
 import math
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +27,14 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import Batches, H5Patches, read_eval_pairs, square_symmetries
+from datasets import (
+    Batches,
+    DataLoadingError,
+    H5Patches,
+    check_compatible,
+    read_eval_pairs,
+    square_symmetries,
+)
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, number, raise_exit, run, set_signal_handlers
 from utils import Pair, expand_patterns, open_input, optional_import, protocol_psnr
@@ -37,7 +45,9 @@ if dist.is_available():
     # gloo's threads, alive at exit.
     import torch.distributed.nn
 
-SYNC_EVERY = 20  # steps between checks of the loss, for which a GPU is waited for
+SYNC_EVERY = 20  # steps between checks of the loss; a check waits for the GPU
+FIRST_ESTIMATE = 100  # steps after which the run's duration is estimated
+EVALUATIONS = 20  # of a run of few epochs
 
 
 def loss_fn(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
@@ -46,12 +56,12 @@ def loss_fn(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
 
 
 def train_one_epoch(state: "Run", batches: Batches, stop: "StopSignal") -> None:
-    """Train until the epoch, the run or a stop signal ends it."""
+    """Train until the epoch or the run ends, an evaluation is due, or a stop signal arrives."""
     args, steps_left = state.args, len(batches) - state.epoch_step
     epoch = batches.epoch(state.epoch, first=state.epoch_step)
     bar = tqdm(epoch, f"epoch {state.epoch}", steps_left, leave=False, disable=state.rank or None)
     for ilr, hr in bar:
-        if state.progress >= 1 or stop.agreed:
+        if state.progress >= 1 or stop.agreed:  # also of a run that is resumed to be evaluated
             break
         set_learning_rate(state.optimizers, args, state.global_step, state.progress)
         with torch.autocast(ilr.device.type, torch.bfloat16, enabled=state.progress < state.bf16):
@@ -67,7 +77,17 @@ def train_one_epoch(state: "Run", batches: Batches, stop: "StopSignal") -> None:
         state.count_step(loss.detach())
         if state.global_step % SYNC_EVERY == 0:
             sync_ranks(state, stop)
-            bar.set_postfix(loss=f"{state.mean_loss:.6f}")
+            show_progress(bar, state)
+        if state.evaluation_due:
+            break
+
+
+def show_progress(bar: tqdm, state: "Run") -> None:
+    """Show loss and ETA of the whole run in the progress bar; print a first estimate."""
+    bar.set_postfix_str(f"loss {state.mean_loss:.6f}, run ends in {state.eta}")
+    if state.rank == 0 and state.global_step == FIRST_ESTIMATE and not state.args.minutes:
+        tqdm.write(f"estimated time to the end of the run: {state.eta}")
+        sys.stdout.flush()
 
 
 def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
@@ -81,9 +101,12 @@ class Run:
 
     epoch, epoch_step, global_step: the current epoch, its steps done, all steps done.
     best, best_psnr: the content of best.pth and its score.
+    loss_sum, loss_steps, max_lr: since the last evaluation.
+    evaluated_step, evaluated_at: global step and seconds at the last evaluation.
     """
 
     COUNTERS = ("epoch", "epoch_step", "global_step", "seconds", "history", "best", "best_psnr")
+    COUNTERS += ("loss_steps", "max_lr", "evaluated_step", "evaluated_at", "evaluation_seconds")
 
     def __init__(self, args: argparse.Namespace, batches: Batches, rank: int, world_size: int):
         torch.manual_seed(args.seed)
@@ -96,6 +119,7 @@ class Run:
         self.frozen = identity_filters(self.model) if args.optimizer == "muon" else []
         self.network = DistributedDataParallel(self.model) if world_size > 1 else self.model
         self.ema = copy.deepcopy(self.model)
+        self.ema.info = training_info(args, batches)
         self.optimizers = make_optimizers(self.model, args)
         self.bf16 = args.bf16 if has_bf16(batches.device) else 0.0
         # The paper's loss, to which its learning rates for SGD belong, sums over the pixels.
@@ -103,14 +127,15 @@ class Run:
         self.loss_scale = num_outputs if args.optimizer == "sgd" else 1
         self.epoch, self.epoch_step, self.global_step = 1, 0, 0
         self.seconds, self.started = 0.0, time.perf_counter()
-        self.history, self.best, self.best_psnr = [], weights_of(self.model), None
-        self.loss_sum = torch.zeros((), device=batches.device)  # over the steps of this epoch
+        self.history, self.best, self.best_psnr = [], weights_of(self.ema), None
+        self.loss_sum, self.loss_steps, self.max_lr = torch.zeros((), device=batches.device), 0, 0.0
+        self.evaluated_step, self.evaluated_at, self.evaluation_seconds = 0, 0.0, 0.0
 
     def state_dict(self) -> dict:
-        """Return everything that a resumed run needs to continue bit for bit."""
+        """Return all that a resumed run needs; on a CPU it continues bit for bit."""
         return {name: getattr(self, name) for name in self.COUNTERS} | {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            "ema": weights_of(self.ema),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "loss_sum": self.loss_sum.item(),
         }
@@ -124,30 +149,58 @@ class Run:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.loss_sum.fill_(state["loss_sum"])
+        self.frozen = identity_filters(self.model) if self.args.optimizer == "muon" else []
         self.started = time.perf_counter() - self.seconds
+
+    @property
+    def total_steps(self) -> int:
+        """The length of a run that is not limited by --minutes."""
+        return self.args.steps or (self.args.num_epochs or NUM_EPOCHS) * self.steps_per_epoch
 
     @property
     def progress(self) -> float:
         """The fraction of the run that is done, 0..1."""
         if self.args.minutes:
             return min(1.0, self.seconds / (60 * self.args.minutes))
-        epochs = self.args.num_epochs or NUM_EPOCHS
-        return min(1.0, self.global_step / (self.args.steps or epochs * self.steps_per_epoch))
+        return min(1.0, self.global_step / self.total_steps)
+
+    @property
+    def eta(self) -> str:
+        """The estimated time to the end of the run, as h:mm:ss."""
+        seconds = self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
+        return str(timedelta(seconds=round(seconds)))
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether all steps of the epoch, or of the run, are done."""
+        return self.epoch_step >= self.steps_per_epoch or self.progress >= 1
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether to evaluate now: about EVALUATIONS times per run and after each epoch.
+
+        With --minutes the clock decides, so that evaluations take at most a 20th of the time.
+        """
+        if self.progress >= 1:
+            return True
+        if self.args.eval_every:
+            return self.global_step % self.args.eval_every == 0
+        if self.args.minutes:
+            interval = max(60 * self.args.minutes / EVALUATIONS, 20 * self.evaluation_seconds)
+            is_synced = self.epoch_done or self.global_step % SYNC_EVERY == 0
+            return is_synced and self.seconds - self.evaluated_at >= interval
+        interval = min(self.steps_per_epoch, math.ceil(self.total_steps / EVALUATIONS))
+        return self.epoch_done or self.global_step % interval == 0
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the last epoch has been evaluated."""
-        return self.progress >= 1 and self.epoch_step == 0
+        """Whether all steps are done and the last one has been evaluated."""
+        return self.progress >= 1 and self.evaluated_step == self.global_step
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of this epoch's steps so far."""
-        return self.loss_sum.item() / max(1, self.epoch_step)
-
-    @property
-    def learning_rate(self) -> float:
-        """The current learning rate of all layers but the last."""
-        return self.optimizers[0].param_groups[0]["lr"]
+        """The mean loss of the steps since the last evaluation."""
+        return self.loss_sum.item() / max(1, self.loss_steps)
 
     def constrain_gradients(self) -> None:
         """Keep tied filters tied and identity filters frozen."""
@@ -159,22 +212,29 @@ class Run:
     def count_step(self, loss: torch.Tensor) -> None:
         """Count an optimisation step; several ranks read the clock in sync_ranks instead."""
         self.loss_sum += loss
+        self.loss_steps += 1
+        self.max_lr = max(self.max_lr, self.optimizers[0].param_groups[0]["lr"])
         self.epoch_step, self.global_step = self.epoch_step + 1, self.global_step + 1
         if self.world_size == 1:
             self.seconds = time.perf_counter() - self.started
 
     def record(self, psnr: float | None) -> None:
-        """Add a row to the history, and keep the EMA if it is the best, or not evaluated."""
-        self.seconds = time.perf_counter() - self.started
-        row = (self.epoch, self.mean_loss, psnr, self.learning_rate, self.seconds)
+        """Add a row to the history; the EMA becomes `best` if its PSNR is, or if there is none."""
+        seconds = time.perf_counter() - self.started
+        self.evaluation_seconds = seconds - self.seconds
+        row = (self.epoch, self.global_step, self.mean_loss, psnr, self.max_lr, seconds)
         self.history.append(dict(zip(COLUMNS, row)))
         if psnr is None or psnr > self.best_psnr:
             self.best, self.best_psnr = weights_of(self.ema), psnr
 
-    def next_epoch(self) -> None:
-        """Begin another epoch."""
-        self.epoch, self.epoch_step = self.epoch + 1, 0
-        self.loss_sum.zero_()
+    def end_interval(self, is_evaluation: bool) -> None:
+        """Reset what is counted between evaluations, and begin another epoch if one is done."""
+        if is_evaluation:
+            self.evaluated_step, self.evaluated_at = self.global_step, self.seconds
+            self.loss_steps, self.max_lr = 0, 0.0
+            self.loss_sum.zero_()
+        if self.epoch_done:
+            self.epoch, self.epoch_step = self.epoch + 1, 0
 
 
 def train(
@@ -188,6 +248,7 @@ def train(
         check_same_data(checkpoint["data"], data)
         with open_input(args.resume, "checkpoint", "train again"):
             state.load_state_dict(checkpoint)
+        output.write_derived_files(state)  # in case they were lost
         output.print(f"{args.resume}: resuming in epoch {state.epoch}, step {state.epoch_step}")
     else:
         state.best_psnr = evaluate(state.ema, pairs, args.scale)
@@ -198,7 +259,7 @@ def train(
     while not state.finished:
         try:
             train_one_epoch(state, batches, stop)
-        except InputError:  # a killed worker or a damaged patch: keep what was trained so far
+        except DataLoadingError:  # what was trained so far is not lost
             output.save(state)
             raise
         sync_ranks(state, stop)
@@ -206,11 +267,13 @@ def train(
             output.save(state)
             output.print(f"stopped; continue with: python train.py --resume {output.path}/last.pth")
             return 128 + stop.agreed
-        if rank == 0:
+        is_evaluation = state.evaluation_due
+        if is_evaluation and rank == 0:
             state.record(evaluate(state.ema, pairs, args.scale))
-        state.next_epoch()
+        state.end_interval(is_evaluation)
         output.save(state)
-        output.print_epoch(state)
+        if is_evaluation:
+            output.print_evaluation(state)
         sync_ranks(state, stop)  # the evaluation took rank 0's time
     output.print_result(state)
     return 0
@@ -395,19 +458,23 @@ def load_data(
     data = {"train": [len(patches), *patches.patch_shape, patches.attributes], "eval": []}
     if args.eval_file is None:
         return batches, [], data
-    pairs, attributes = read_eval_pairs(args.eval_file, args.scale)
-    data["eval"] = [*(list(pair.hr.shape) for pair in pairs), attributes]
-    if any(pair.num_channels != patches.patch_shape[0] for pair in pairs):
-        raise InputError(f"{args.eval_file}: has other channels than --train-file")
-    if any(min(pair.hr.shape[-2:]) <= 2 * args.scale for pair in pairs):
-        raise InputError(f"{args.eval_file}: contains an image too small to measure")
+    pairs = []
+    for path in expand_patterns(args.eval_file):
+        file_pairs, attributes = read_eval_pairs(path, args.scale)
+        check_compatible(path, attributes, patches.attributes)
+        if any(pair.num_channels != patches.patch_shape[0] for pair in file_pairs):
+            raise InputError(f"{path}: has other channels than --train-file")
+        if any(min(pair.hr.shape[-2:]) <= 2 * args.scale for pair in file_pairs):
+            raise InputError(f"{path}: contains an image too small to measure")
+        pairs += file_pairs
+        data["eval"] += [*(list(pair.hr.shape) for pair in file_pairs), attributes]
     # An infinite PSNR, as of an image of one colour, would hide the scores of the others.
     measured = [pair for pair in pairs if bicubic_psnr([pair], args.scale) < math.inf]
     if not measured:
-        raise InputError(f"{args.eval_file}: bicubic PSNR is infinite for all images; use others")
+        raise InputError("--eval-file: bicubic PSNR is infinite for all images; use others")
     if len(measured) < len(pairs) and rank == 0:
         ignored = f"{len(pairs) - len(measured)} of {len(pairs)} images"
-        print(f"{args.eval_file}: ignoring {ignored} with infinite bicubic PSNR", flush=True)
+        print(f"--eval-file: ignoring {ignored} with infinite bicubic PSNR", flush=True)
     return batches, measured, data
 
 
@@ -416,10 +483,17 @@ def bicubic_psnr(pairs: list[Pair], scale: int) -> float:
     return fmean(protocol_psnr(pair.ilr, pair.hr, scale, pair.quantum) for pair in pairs)
 
 
+def training_info(args: argparse.Namespace, batches: Batches) -> dict:
+    """Return what test.py has to know about the training data; see SRCNN.info."""
+    attributes, names = batches.patches.attributes, ("degradation", "jpeg", "range", "bit_depth")
+    info = {name: attributes[name] for name in names if name in attributes}
+    return info | {"scale": args.scale}
+
+
 def check_same_data(saved: dict, data: dict) -> None:
     """Refuse to resume with files of other shapes or attributes."""
     for name in ("train", "eval"):
-        if saved[name] != data[name]:
+        if saved.get(name) != data[name]:
             raise InputError(f"--{name}-file: differs from the file of the run; pass that one")
 
 
@@ -456,7 +530,7 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
 # --- checkpoint files -----------------------------------------------------------------------
 
 CHECKPOINT_VERSION = 3
-COLUMNS = ("epoch", "loss", "psnr", "learning_rate", "seconds")  # of history.csv
+COLUMNS = ("epoch", "step", "loss", "psnr", "learning_rate", "seconds")  # of history.csv
 
 
 class RunFolder:
@@ -496,7 +570,7 @@ class RunFolder:
         self.write_derived_files(state)
 
     def write_derived_files(self, state: Run) -> None:
-        """Write best.pth, history.csv and epoch_N.pth; a resumed run repairs them, too."""
+        """Write best.pth, history.csv and epoch_N.pth, which last.pth contains."""
         write_file(self.path / "best.pth", to_bytes(state.best))
         if state.history:
             write_csv(self.path / "history.csv", COLUMNS, state.history)
@@ -509,34 +583,58 @@ class RunFolder:
         print(line, flush=True)
 
     def print_summary(self, state: Run, batches: Batches, pairs: list[Pair]) -> None:
-        """Print what will be trained."""
-        self.baseline = "without --eval-file best.pth has the last weights"
+        """Print what will be trained, on what, and how long."""
+        args, model, patches = state.args, state.model, batches.patches
+        num_parameters = sum(p.numel() for p in model.parameters())
+        network = f"{model.architecture}, filters {'-'.join(map(str, args.filters))}"
+        self.print(f"network     {network}, {num_parameters:,} parameters, x{args.scale}")
+        length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
+        length = f"{args.minutes:g} minutes" if args.minutes else length
+        schedule = f"{args.optimizer}, learning rate {args.lr:g}, {args.schedule} schedule"
+        self.print(f"training    {schedule}, {length} of {batches.batch_size} patches")
+        precision = f"bfloat16 for {state.bf16:.0%} of the run" if state.bf16 else "float32"
+        if args.bf16 and not state.bf16:
+            precision = "float32 (--bf16: the device has no bfloat16 instructions)"
+        threads = f"{torch.get_num_threads()} threads, " if batches.device.type == "cpu" else ""
+        self.print(f"device      {batches.device}, {threads}{precision}")
+        side, megabytes = patches.patch_shape[-1], patches.nbytes / 1e6
+        place = "streamed from disk" if batches.stream else "in memory"
+        self.print(f"patches     {len(patches):,} of {side} x {side}, {megabytes:,.0f} MB {place}")
+        self.baseline = "none; best.pth will have the last weights"
         if pairs:
-            self.baseline = f"bicubic has {bicubic_psnr(pairs, state.args.scale):.2f} dB"
-        if state.args.bf16 and not state.bf16:
-            self.print("--bf16: no bfloat16 instructions on this device; float32 is used")
-        place = "streamed" if batches.stream else f"on {batches.device}"
-        self.print(f"{len(batches.patches)} patches {place}; {self.baseline}")
+            self.baseline = f"bicubic {bicubic_psnr(pairs, args.scale):.2f} dB"
+        self.print(f"evaluation  {len(pairs)} images, {self.baseline}")
+        if state.finished:
+            self.print(
+                "this run is finished; a larger --num-epochs, --steps or --minutes extends it"
+            )
         if self.writer:
             self.writer = self.writer(self.path / "tensorboard")
 
-    def print_epoch(self, state: Run) -> None:
+    def print_evaluation(self, state: Run) -> None:
         """Print the last row of the history, and send it to TensorBoard."""
-        row = state.history[-1]
-        psnr = "" if row["psnr"] is None else f"  PSNR {row['psnr']:.3f} dB"
-        numbers = f"learning rate {row['learning_rate']:.2g}  {row['seconds']:.1f} s"
-        self.print(f"epoch {row['epoch']}  loss {row['loss']:.6f}{psnr}  {numbers}")
+        row, epochs = state.history[-1], ""
+        if not state.args.minutes:
+            epochs = f"/{math.ceil(state.total_steps / state.steps_per_epoch)}"
+        psnr = ""
+        if row["psnr"] is not None:
+            psnr = f"PSNR {row['psnr']:.2f} dB (best {state.best_psnr:.2f})  "
+        self.print(
+            f"epoch {row['epoch']}{epochs}  step {row['step']:,}  loss {row['loss']:.6f}  {psnr}"
+            f"lr {row['learning_rate']:.1e}  {row['seconds']:.0f} s  ETA {state.eta}"
+        )
         if self.writer:
             for name, value in row.items():
                 if value is not None:
-                    self.writer.add_scalar(name, value, row["epoch"])
+                    self.writer.add_scalar(name, value, row["step"])
             self.writer.flush()
 
     def print_result(self, state: Run) -> None:
-        """Print where the weights are and how good they are."""
+        """Print where the weights are, how good they are, and how to use them."""
         psnr = state.best_psnr
-        score = "the last weights" if psnr is None else f"{psnr:.3f} dB, {self.baseline}"
+        score = "the last weights" if psnr is None else f"{psnr:.2f} dB ({self.baseline})"
         self.print(f"{self.path / 'best.pth'}: {score}")
+        self.print(f"try it: python test.py IMAGE --weights-file {self.path / 'best.pth'}")
 
 
 class NoOutput:
@@ -554,9 +652,15 @@ def to_bytes(content: dict) -> bytes:
 
 
 def weights_of(model: SRCNN) -> dict[str, torch.Tensor]:
-    """Return a copy of the plain state dict, on the CPU and in the default memory layout."""
-    state = model.state_dict().items()
-    return {name: value.detach().cpu().clone().contiguous() for name, value in state}
+    """Return a copy of the plain state dict, on the CPU and in the default memory layout.
+
+    `model.info` goes into its `_metadata`, which other programs ignore.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        state[name] = value.detach().cpu().clone().contiguous()
+    state._metadata["srcnn"] = model.info
+    return state
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -565,7 +669,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise InputError("is of another version of train.py; start from its weights by --init")
-        return checkpoint
+        return {"args": checkpoint["args"], "data": checkpoint["data"]} | checkpoint
 
 
 # --- processes and signals ------------------------------------------------------------------
@@ -591,19 +695,21 @@ class StopSignal:
 def sync_ranks(state: Run, stop: StopSignal) -> None:
     """Give all ranks the same clock, stop signal and mean loss; check that the loss is finite.
 
-    All ranks must leave the loop at the same step. This is the only collective besides DDP's. It
-    is called every SYNC_EVERY steps, after an epoch, and after rank 0 has evaluated.
+    All ranks must leave the loop at the same step. During training this is the only collective
+    besides DDP's. It is called every SYNC_EVERY steps, after an epoch, and after an evaluation.
 
     Raises:
         InputError: on all ranks, if the loss is not finite.
     """
     state.seconds = time.perf_counter() - state.started
     if state.world_size > 1:
-        values = torch.tensor([state.seconds, stop.received, state.loss_sum.item()])
+        numbers = (state.seconds, stop.received, state.loss_sum.item(), state.evaluation_seconds)
+        values = torch.tensor(numbers)
         gathered = values.to(state.loss_sum.device).repeat(state.world_size, 1)
         dist.all_gather(list(gathered), gathered[0].clone())
-        seconds, received, loss_sum = gathered.unbind(1)
+        seconds, received, loss_sum, evaluation_seconds = gathered.unbind(1)
         state.seconds, stop.agreed = seconds.max().item(), int(received.max())
+        state.evaluation_seconds = evaluation_seconds.max().item()
         # The mean of the ranks' sums stays right when each rank adds its further losses to it.
         state.loss_sum = loss_sum.mean()
     check_loss(state)
@@ -639,7 +745,9 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    # Names of torch 2.6 to 2.15, not documented.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 # --- arguments ------------------------------------------------------------------------------
@@ -655,7 +763,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train-file", nargs="+", metavar="FILE", help="h5 files of prepare.py")
-    add("--eval-file", metavar="FILE", help="h5 file of prepare.py --eval; without: keep the last")
+    eval_file = "h5 files of prepare.py --eval; without: keep the last weights"
+    add("--eval-file", nargs="+", metavar="FILE", help=eval_file)
     add("--scale", type=number(int, 1, 65), default=3, help="(default: 3)")
     add("--batch-size", type=number(int, 1), default=16, help="of all ranks together (default: 16)")
     add("--augment", action=on_off, default=True, help="flip and rotate (default: on)")
@@ -692,6 +801,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resume", nargs="?", const="", metavar="FILE", help="continue the run of a last.pth")
     auto_resume = "resume outputs-dir/xS/last.pth if it exists, else start a new run"
     add("--auto-resume", action="store_true", help=auto_resume)
+    every = "steps between evaluations (default: an epoch, or a 20th of the run)"
+    add("--eval-every", type=number(int, 1), metavar="N", help=every)
     add("--save-every", type=number(int, 0), default=0, metavar="N", help="also keep epoch_N.pth")
     add("--tensorboard", action="store_true", help="also write TensorBoard files")
 

@@ -15,15 +15,17 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 
 class InputError(ValueError):
@@ -181,6 +183,10 @@ def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except BlockingIOError as error:  # HDF5 locks the files that it writes
+        raise InputError(
+            f"{path}: is open for writing in another process; close it there"
+        ) from error
     except Exception as error:  # libraries raise many types for damaged files
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{path}: not a valid {kind} ({reason[:120]}); {hint}") from error
@@ -196,7 +202,10 @@ def expand_patterns(names: Iterable[str | Path]) -> list[Path]:
 
 
 def find_images(
-    names: Iterable[str | Path], results: bool = False, folders_only: bool = False
+    names: Iterable[str | Path],
+    results: bool = False,
+    folders_only: bool = False,
+    ignored: list[Path] | None = None,
 ) -> dict[Path, Path]:
     """Return the named files, and the images in named folders and their subfolders, sorted.
 
@@ -204,6 +213,7 @@ def find_images(
         names: files, folders, and patterns of them.
         results: whether to include what test.py writes (NAME_srcnn_x3.png, ...).
         folders_only: whether to refuse files.
+        ignored: receives the other files in the folders.
 
     Returns:
         For each file its path relative to the named folder; for a named file its name.
@@ -218,12 +228,35 @@ def find_images(
         if not path.is_dir():
             images.setdefault(path, Path(path.name))
             continue
-        found = {file: file.relative_to(path) for file in sorted(path.rglob("*"))}
-        found = {f: r for f, r in found.items() if is_image_name(r, results) and not f.is_dir()}
+        found = {file: file.relative_to(path) for file in sorted(walk(path))}
+        if ignored is not None:
+            ignored += [file for file, r in found.items() if not is_image_name(r, results)]
+        found = {file: r for file, r in found.items() if is_image_name(r, results)}
         if not found:
             raise InputError(f"{path}: no image in it (results of test.py are ignored)")
-        images = found | images  # a folder may be named beside its subfolder
+        for file, relative in found.items():  # a folder may be named beside its subfolder
+            images.setdefault(file, relative)
     return images
+
+
+def unique_names(images: dict[Path, Path]) -> dict[Path, Path]:
+    """Return find_images' relative paths; if some are equal, relative to the common folder."""
+    if len(set(images.values())) == len(images):
+        return images
+    common = os.path.commonpath([os.path.abspath(path) for path in images])
+    return {path: Path(os.path.relpath(path, common)) for path in images}
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder; linked folders are followed, each real folder once."""
+    visited = set()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            subfolders.clear()
+            continue
+        visited.add(real)
+        yield from (Path(parent, name) for name in names)
 
 
 def is_image_name(relative: Path, results: bool) -> bool:
@@ -232,42 +265,138 @@ def is_image_name(relative: Path, results: bool) -> bool:
     readable = extensions.get(relative.suffix.lower()) in Image.OPEN
     unreadable = {"BUFR", "GRIB", "HDF5"}  # registered by Pillow, which cannot decode them
     hidden = any(part.startswith(".") for part in relative.parts)
-    is_result = re.search(r"_(srcnn|bicubic|comparison)_x[\d.]+$", relative.stem)
+    is_result = re.search(r"_(srcnn|bicubic|comparison)_[xwh][\d.]+$", relative.stem)
     known = readable and extensions[relative.suffix.lower()] not in unreadable
     return known and not hidden and (results or not is_result)
 
 
+# Text and profiles of a PNG that are larger than Pillow's limit of 1 MB are harmless.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
+# Tags of TIFF and EXIF.
+NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 0x00FE, 0x0102, 0x0106, 0x0112
+PLANAR_CONFIGURATION, SAMPLE_FORMAT = 0x011C, 0x0153
+
+
 def open_image(path: str | Path) -> Image.Image:
-    """Read and decode an image: the first frame, rotated by its EXIF orientation.
+    """Read and decode an image: the first full frame, rotated by its EXIF orientation.
+
+    What is lost is printed in one line. `info` gets the jpeg_quality, and for `decode` the path,
+    reduced_to_8_bits and white_is_zero.
 
     Raises:
         InputError: missing, not an image, damaged, or larger than --max-pixels.
     """
+    notes: list[str] = []
     with (
         open_input(path, "image", "name another, or raise --max-pixels"),
+        collect_warnings(notes),
+        open(path, "rb") as stream,  # Pillow maps a TIFF opened by name, and rotates it wrongly
+        Image.open(stream) as image,
+    ):
+        tags = skip_thumbnails(image) if image.format == "TIFF" else {}
+        bits = max(tags.get(BITS_PER_SAMPLE, (16 if ";16" in str(image.tile) else 8,)))
+        reduced_to_8_bits = bits > 8 and not image.mode.startswith(("I", "F"))
+        if reduced_to_8_bits and tags.get(PLANAR_CONFIGURATION) == 2:
+            raise InputError(f"is a planar {bits}-bit TIFF, which Pillow cannot decode")
+        if reduced_to_8_bits:
+            notes.append(f"{bits}-bit colour is read as 8 bits")
+        if "RGBX" in str(image.tile):
+            notes.append("the fourth band is ignored")
+        if image.mode == "I;16" and "transparency" in image.info:
+            notes.append("transparency of 16-bit greyscale is ignored")
+        raw_exif = image.info.get("exif", b"II")
+        if not isinstance(raw_exif, bytes) or not raw_exif.startswith((b"Exif\0\0", b"II", b"MM")):
+            del image.info["exif"]
+        exif = image.getexif()
+        orientation = tags.get(ORIENTATION) or exif.get(ORIENTATION)
+        image.load()  # rotates a TIFF
+        # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
+        image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
+        upright = ImageOps.exif_transpose(image)
+        if orientation in (5, 6, 7, 8) and "dpi" in image.info:
+            upright.info["dpi"] = image.info["dpi"][::-1]
+        upright.info["exif"] = portable_exif(exif)
+        upright.info["jpeg_quality"] = jpeg_quality(getattr(image, "quantization", None))
+        upright.info["path"] = path
+        upright.info["reduced_to_8_bits"] = reduced_to_8_bits
+        upright.info["white_is_zero"] = tags.get(PHOTOMETRIC) == 0 and bits > 8
+        if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
+            raise InputError("contains NaN or infinity; replace them by numbers")
+        is_unsigned = tags.get(SAMPLE_FORMAT, (1,))[0] == 1
+        if upright.mode == "I" and bits == 32 and is_unsigned and np.asarray(upright).min() < 0:
+            raise InputError("has values above 2^31, which Pillow cannot decode")
+        with suppress(Exception):  # further pages need not be images
+            is_first = image.tell() == 0 and image.format != "MPO"  # of phones, with a preview
+            if is_first and getattr(image, "n_frames", 1) > 1:
+                notes.append(f"{image.n_frames} frames, only the first is used")
+    if notes:
+        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+    return upright
+
+
+def skip_thumbnails(image: Image.Image) -> dict:
+    """Select the first page of a TIFF that is not a reduced-resolution one; return its tags."""
+    page = 0
+    while image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1:
+        page += 1
+        try:
+            image.seek(page)
+        except EOFError as error:
+            raise InputError("contains only a thumbnail that Pillow can decode") from error
+    return image.tag_v2
+
+
+def jpeg_quality(tables: dict | None) -> int | None:
+    """Return libjpeg's quality, 1..100, of which a JPEG's quantisation tables are; None without.
+
+    Tables of other encoders have about the quality at which libjpeg's have the same sum.
+    """
+    if not tables:
+        return None
+    percent = 100 * sum(tables[0]) / 3688  # the luma table of quality 50 sums to 3688
+    return round(100 - percent / 2 if percent <= 100 else 5000 / percent)
+
+
+def portable_exif(exif: Image.Exif) -> bytes:
+    """Return description, camera, date, author, settings and GPS position, as far as they fit.
+
+    Orientation, size, thumbnail and the maker's own data do not hold for another image.
+    """
+    portable = Image.Exif()
+    tags = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
+    portable.update({tag: exif[tag] for tag in tags if tag in exif})
+    for folder in (0x8769, 0x8825):
+        values = {
+            t: v for t, v in exif.get_ifd(folder).items() if t not in (0xA002, 0xA003, 0xA005)
+        }
+        values.pop(0x927C, None)
+        if values:
+            portable[folder] = values
+    content = portable.tobytes() if len(portable) else b""
+    return content if len(content) < 60_000 else b""  # a JPEG stores less than 65,536 bytes
+
+
+@contextmanager
+def collect_warnings(notes: list[str]) -> Iterator[None]:
+    """Append the first warning of Pillow or of a C library below it to `notes`."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with (
+        tempfile.TemporaryFile() as file,
+        redirect_stderr(io.StringIO()) as text,
         warnings.catch_warnings(),
     ):
+        warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # Pillow maps a TIFF opened by name into memory, and then rotates it wrongly.
-        with open(path, "rb") as stream, Image.open(stream) as image:
-            has_16_bits = image.mode != "I;16" and ";16" in str(image.tile)
-            orientation = image.tag_v2.get(0x0112) if image.format == "TIFF" else None
-            image.load()  # rotates a TIFF
-            # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
-            image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
-            if not image.info.get("exif", b"II").startswith((b"Exif\0\0", b"II", b"MM")):
-                del image.info["exif"]
-            orientation = orientation or image.getexif().get(0x0112)
-            frames = getattr(image, "n_frames", 1)
-            upright = ImageOps.exif_transpose(image)
-            if orientation in (5, 6, 7, 8) and "dpi" in image.info:
-                upright.info["dpi"] = image.info["dpi"][::-1]
-            upright.info["reduced_to_8_bits"] = has_16_bits and upright.mode in ("RGB", "RGBA")
-        if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
-            raise InputError("holds NaN or infinity; replace them by numbers")
-    if frames > 1:
-        print(f"{path}: {frames} frames, only the first is used", file=sys.stderr)
-    return upright
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        lines = (text.getvalue() + file.read().decode(errors="replace")).splitlines()
+        notes += [line.rpartition("Warning: ")[2][:200] for line in lines[:1]]
 
 
 @dataclass
@@ -285,6 +414,11 @@ class Planes:
     low: float
     high: float
     mode: str
+
+    @property
+    def source(self) -> dict:
+        """The value range and the bit depth, as h5 files and weights store them."""
+        return {"range": [float(self.low), float(self.high)], "bit_depth": 8 * self.colour.itemsize}
 
     @property
     def quantum(self) -> float:
@@ -309,28 +443,56 @@ class Planes:
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
 
 
-def decode(image: Image.Image, value_range: Sequence[float] | None = None) -> Planes:
+def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None) -> Planes:
     """Convert an image of any Pillow mode; greyscale and 16-bit greyscale are preserved.
 
     Args:
-        value_range: the values that stand for the grey levels 0 and 255. The default is the
-            range of the type; for 32-bit and floating-point images, their minimum and maximum.
+        value_range: the values that stand for the grey levels 0 and 255, or a dict of them by
+            bit depth. The default is the range of the type; for 32-bit and floating-point images,
+            their minimum and maximum.
     """
-    if value_range and image.info.get("reduced_to_8_bits"):
-        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use greyscale images")
-    if image.mode.startswith("I") or image.mode == "F":
+    mode, values, path = image.mode, None, image.info.pop("path", None)
+    if mode.startswith("I") or mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
-        if image.mode != "F" and low >= 0 and high <= 65535:
-            return Planes(values.astype(np.uint16)[None], None, *value_range or (0, 65535), "I;16")
-        mode = "F" if image.mode == "F" else "I"
-        high = high if high > low else low + max(1.0, abs(low))
-        return Planes(values[None], None, *value_range or (low, high), mode)
+        mode = "F" if mode == "F" else "I"
+        if mode == "I" and low >= 0 and high <= 65535:
+            values, mode = values.astype(np.uint16), "I;16"
+    bit_depth = 8 if values is None else 8 * values.itemsize
+    if isinstance(value_range, dict):
+        value_range = value_range.get(bit_depth)
+    if value_range and image.info.get("reduced_to_8_bits"):
+        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use greyscale images")
+    if values is not None:
+        if mode == "I;16" and value_range is None and path and 0 < high < 4096:
+            suggest_range(path, high)
+        if mode != "I;16" and value_range is None and not high - low < 1e30:
+            raise InputError(f"has values from {low:g} to {high:g}; pass --range LOW HIGH")
+        if high == low:  # one value has no range
+            high = low + max(1.0, abs(low))
+        default = (0, 65535) if mode == "I;16" else (low, high)
+        if value_range and mode == "F":  # a value that means "no data" may be -3.4e38
+            values = np.clip(values, *map(np.float32, value_range))
+        low, high = value_range or default
+        if image.info.get("white_is_zero"):
+            values = np.asarray(low + high - values, values.dtype)
+        return Planes(values[None], None, low, high, mode)
     greyscale = image.mode in ("1", "L", "LA", "La")
     mode = ("L" if greyscale else "RGB") + ("A" if image.has_transparency_data else "")
     values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
     alpha = values[-1] if mode.endswith("A") else None
     return Planes(values[: 1 if greyscale else 3], alpha, *value_range or (0, 255), mode)
+
+
+RANGE_SUGGESTED: set[Path] = set()  # folders
+
+
+def suggest_range(path: str | Path, maximum: float) -> None:
+    """Print once per folder that 16-bit images seem to have 12 bits."""
+    if Path(path).parent not in RANGE_SUGGESTED:
+        RANGE_SUGGESTED.add(Path(path).parent)
+        note = f"values up to {maximum:.0f} of 65535; --range 0 4095 reads images as 12 bits"
+        print(f"{path}: {note}", file=sys.stderr)
 
 
 def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -370,8 +532,10 @@ class Pair:
     ilr: H x W or C x H x W, the LR image upscaled by bicubic.
     hr: the ground truth, of the same shape.
     lr: the LR image, or None where only ilr is known.
-    quantum: of the source, see quantize.
-    greyscale: whether the source is a greyscale image, of which RGB has three equal channels.
+    quantum: of the HR image file, see quantize.
+    greyscale: whether that is greyscale; its RGB has three equal channels.
+    source: its value range and bit depth, see Planes.source.
+    name: for tables.
     """
 
     ilr: np.ndarray
@@ -379,6 +543,8 @@ class Pair:
     lr: np.ndarray | None = None
     quantum: float = 1.0
     greyscale: bool = False
+    source: dict = field(default_factory=dict)
+    name: str = ""
 
     @property
     def num_channels(self) -> int:
@@ -387,7 +553,7 @@ class Pair:
 
 
 def to_levels(
-    image: Image.Image, num_channels: int = 1, value_range: Sequence[float] | None = None
+    image: Image.Image, num_channels: int = 1, value_range: Sequence[float] | dict | None = None
 ) -> tuple[np.ndarray, Planes]:
     """Return the image that the protocol measures, and the decoded planes.
 
@@ -410,7 +576,7 @@ def to_levels(
 
 
 def read_levels(
-    path: str | Path, num_channels: int = 1, value_range: Sequence[float] | None = None
+    path: str | Path, num_channels: int = 1, value_range: Sequence[float] | dict | None = None
 ) -> tuple[np.ndarray, Planes]:
     """Return to_levels of an image file; the errors are those of open_image and to_levels."""
     image = open_image(path)
@@ -427,35 +593,72 @@ def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
     return Pair(resize(lr, hr.shape[-2:]), hr, lr, quantum)
 
 
-def read_pair(
-    path: Path,
-    lr_path: Path | None,
+def jpeg_lr_image(
+    hr_image: Image.Image,
+    scale: int,
+    quality: int,
+    value_range: Sequence[float] | dict | None = None,
+) -> Image.Image:
+    """Downscale by bicubic, round to 8 bits, encode as JPEG (4:2:0) and decode: a photograph."""
+    hr = crop_to_multiple(quantize(decode(hr_image, value_range).levels()), scale)
+    lr = quantize(resize(hr, (hr.shape[1] // scale, hr.shape[2] // scale))).astype(np.uint8)
+    image, encoded = Image.fromarray(lr.transpose(1, 2, 0).squeeze()), io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality)
+    return Image.open(encoded)
+
+
+def make_pair(
+    hr_image: Image.Image,
+    lr_image: Image.Image | None,
     scale: int,
     num_channels: int = 1,
-    value_range: Sequence[float] | None = None,
+    value_range: Sequence[float] | dict | None = None,
 ) -> Pair:
-    """Read an HR image and its LR image, or make the LR image by bicubic where there is none.
+    """Return the pair of an HR and an LR image; without an LR image, of the protocol's bicubic.
 
     An LR image `scale` times smaller is upscaled by bicubic; one of equal size is used directly.
 
     Raises:
-        InputError: sizes that do not fit, and the errors of read_levels.
+        InputError: sizes that do not fit, and the errors of to_levels.
     """
-    hr, planes = read_levels(path, num_channels, value_range)
-    if lr_path is None:
+    hr, planes = to_levels(hr_image, num_channels, value_range)
+    if lr_image is None:
         pair = bicubic_pair(hr, scale, planes.quantum)
     else:
-        lr, _ = read_levels(lr_path, num_channels, value_range)
+        lr, _ = to_levels(lr_image, num_channels, value_range)
         cropped = crop_to_multiple(hr, scale)
         if lr.shape == hr.shape:
             pair = Pair(lr, hr, None, planes.quantum)
         elif scale > 1 and tuple(scale * side for side in lr.shape[-2:]) == cropped.shape[-2:]:
             pair = Pair(resize(lr, cropped.shape[-2:]), cropped, lr, planes.quantum)
         else:
-            sizes = f"{hr.shape[::-1][:2]} and {lr.shape[::-1][:2]} pixels"
-            raise InputError(f"{path} and {lr_path}: {sizes} do not differ by --scale {scale}")
-    pair.greyscale = len(planes.colour) == 1
+            sizes = f"{hr_image.width} x {hr_image.height} and {lr_image.width} x {lr_image.height}"
+            raise InputError(f"{sizes} pixels do not differ by --scale {scale}")
+    pair.greyscale, pair.source = len(planes.colour) == 1, planes.source
     return pair
+
+
+def read_pair(
+    path: Path,
+    lr_path: Path | None,
+    scale: int,
+    num_channels: int = 1,
+    value_range: Sequence[float] | dict | None = None,
+    jpeg: int | None = None,
+) -> Pair:
+    """Return make_pair of files, or of a file and its jpeg_lr_image of this quality.
+
+    Raises:
+        InputError: what open_image and make_pair raise.
+    """
+    image, lr_image = open_image(path), open_image(lr_path) if lr_path else None
+    try:
+        if jpeg:
+            lr_image = jpeg_lr_image(image, scale, jpeg, value_range)
+        return make_pair(image, lr_image, scale, num_channels, value_range)
+    except InputError as error:
+        paths = f"{path} and {lr_path}" if lr_path else path
+        raise InputError(f"{paths}: {error}") from error
 
 
 def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
@@ -470,31 +673,52 @@ def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
     return tuple(filter(None, (re.sub(marks, "", part.lower(), flags=re.I) for part in parts)))
 
 
-def index_images(images: dict[Path, Path], scale: int) -> dict[tuple, list[Path]]:
-    """Group what find_images returns by pair_key."""
-    index: dict[tuple, list[Path]] = {}
-    for path, relative in images.items():
-        index.setdefault(pair_key(relative, scale), []).append(path)
-    return index
+def match_images(
+    names: Sequence[str | Path], folders: Sequence[str | Path], scale: int
+) -> dict[Path, list[Path]]:
+    """Return for each image the files in `folders` with its subfolder and name, see pair_key.
 
-
-def find_match(
-    path: Path, relative: Path, index: dict[tuple, list[Path]], scale: int, flag: str
-) -> Path:
-    """Return the LR image, or the result, of the same subfolder and name as an HR image.
-
-    Args:
-        path, relative: an item of find_images.
-        index: index_images of the folder that `flag` names.
-
-    Raises:
-        InputError: no such file, or several.
+    As many folders as names are matched in order. Where both are one folder, files marked LR are
+    the LR images, and those marked HR or GT, or else all others, the HR images.
     """
-    found = index.get(pair_key(relative, scale), [])
-    if len(found) != 1:
-        number = " and ".join(map(str, found)) or "no file"
-        raise InputError(f"{path}: {flag} has {number} of its subfolder and name; provide one")
-    return found[0]
+    groups = [(names, folders)]
+    if len(names) == len(folders):
+        groups = [([name], [folder]) for name, folder in zip(names, folders)]
+    matches: dict[Path, list[Path]] = {}
+    for group_names, group_folders in groups:
+        images = find_images(group_names)
+        candidates = find_images(group_folders, results=True, folders_only=True)
+        if images.keys() & candidates.keys():
+            images, candidates = (
+                select_role(images, "HR|GT", "LR"),
+                select_role(images, "LR", "HR|GT"),
+            )
+        by_key: dict[tuple, list[Path]] = {}
+        for path, relative in unique_names(candidates).items():
+            by_key.setdefault(pair_key(relative, scale), []).append(path)
+        keys = {path: pair_key(name, scale) for path, name in unique_names(images).items()}
+        counts = Counter(keys.values())
+        for path, key in keys.items():  # a match belongs to one image only
+            matches[path] = by_key.get(key, []) * counts[key]
+    return matches
+
+
+def select_role(images: dict[Path, Path], role: str, other_role: str) -> dict[Path, Path]:
+    """Return the images that are marked with a role in their path, or else not with the other."""
+
+    def marked(relative: Path, role: str) -> bool:
+        return re.search(rf"(^|[-_. /])({role})(?![a-z])", relative.as_posix(), re.I) is not None
+
+    selected = {path: r for path, r in images.items() if marked(r, role)}
+    return selected or {path: r for path, r in images.items() if not marked(r, other_role)}
+
+
+def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
+    """Return the single file that match_images has found for an image."""
+    if len(matches) != 1:
+        number = " and ".join(map(str, matches)) or "no file"
+        raise InputError(f"{path}: {flag} has {number} of its subfolder and name; one is needed")
+    return matches[0]
 
 
 # --- atomic files ---------------------------------------------------------------------------
@@ -629,18 +853,15 @@ def add_image_flags(group: argparse._ArgumentGroup) -> None:
     value_range = "values of black and white (default: those of the file's type)"
     finite = number(float, -math.inf)
     add("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=value_range)
-    lr_dir = "LR images, S times smaller or of equal size, matched by name (default: bicubic)"
-    add("--lr-dir", metavar="DIR", help=lr_dir)
+    lr_dir = "LR images, S times smaller or of equal size, matched by subfolder and name"
+    add("--lr-dir", nargs="+", metavar="DIR", help=lr_dir)
 
 
-def apply_image_flags(args: argparse.Namespace) -> dict[tuple, list[Path]]:
-    """Check and apply the flags of add_image_flags; return index_images of --lr-dir."""
+def apply_image_flags(args: argparse.Namespace) -> None:
+    """Check and apply the flags of add_image_flags."""
     Image.MAX_IMAGE_PIXELS = args.max_pixels
     if args.range and not 1e-30 < args.range[1] - args.range[0] < 1e30:
         raise InputError("--range: LOW must be below HIGH")
-    if args.lr_dir is None:
-        return {}
-    return index_images(find_images([args.lr_dir], True, folders_only=True), args.scale)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -682,7 +903,8 @@ def run(main: Callable[[], int | None]) -> None:
         if not error.filename:
             sys.stdout = None  # otherwise Python flushes it once more at exit
     if status == 128 + signal.SIGINT:  # a shell's loop over runs stops only if SIGINT ends this one
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     sys.exit(status)

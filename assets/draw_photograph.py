@@ -1,9 +1,10 @@
-"""Draw assets/photograph.png: a photograph, downscaled by 3, then upscaled by bicubic and SRCNN.
+"""Make assets/astronaut.png, the default image of test.py, and assets/photograph.png.
 
 python assets/draw_photograph.py   # needs scikit-image
 
-Original, bicubic and SRCNN, each above a magnified crop. The photograph is scikit-image's
-`astronaut`: Eileen Collins, by NASA, in the public domain.
+photograph.png shows a photograph, downscaled by 3, then upscaled by bicubic and SRCNN, each above a
+magnified crop. The photograph is scikit-image's `astronaut`: Eileen Collins, by NASA, in the public
+domain.
 """
 
 import sys
@@ -29,6 +30,7 @@ def image_luma(image: Image.Image) -> np.ndarray:
 
 def main() -> None:
     original = Image.fromarray(data.astronaut()).crop(PART)  # sides divide by 3
+    original.save(ROOT / "assets" / "astronaut.png", optimize=True)
     hr = image_luma(original)  # before a frame is drawn on it
     small = original.resize([side // SCALE for side in original.size], Image.Resampling.BICUBIC)
     bicubic = small.resize(original.size, Image.Resampling.BICUBIC)
@@ -37,9 +39,8 @@ def main() -> None:
     height = LABEL + original.height + MARGIN + side
     sheet = Image.new("RGB", (3 * side + 2 * MARGIN, height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=16)
-    for i, (name, image) in enumerate(
-        [("original", original), ("bicubic", bicubic), ("SRCNN", srcnn)]
-    ):
+    images = {"original": original, "bicubic": bicubic, "SRCNN": srcnn}
+    for i, (name, image) in enumerate(images.items()):
         left = i * (side + MARGIN)
         score = protocol_psnr(image_luma(image), hr, SCALE)
         label = name if image is original else f"{name}, {score:.1f} dB"

@@ -34,6 +34,13 @@ from utils import ArgumentParser, InputError, bicubic_pair, luma, number, run, w
 OTHER_METHODS = {"bicubic": 30.39, "SC": 31.42, "KK": 32.28, "A+": 32.59}
 
 
+def require_matplotlib() -> None:
+    """Select the backend that writes files; the error tells how to install matplotlib."""
+    if matplotlib is None:
+        raise InputError("matplotlib: missing; pip install -r experiments/requirements.txt")
+    matplotlib.use("agg")
+
+
 def save(figure: object, path: Path) -> None:
     """Write a figure as PNG; equal data gives equal bytes."""
     buffer = io.BytesIO()
@@ -162,9 +169,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    if matplotlib is None:
-        raise InputError("matplotlib: missing; pip install -r experiments/requirements.txt")
-    matplotlib.use("agg")
+    require_matplotlib()
     draw_filters(args.output_dir / "filters.png")
     draw_features(args.output_dir / "features.png")
     draw_curves(args, "convergence", args.output_dir / "convergence.png")

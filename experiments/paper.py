@@ -3,6 +3,7 @@
 python experiments/paper.py --list                # every experiment and variant
 python experiments/paper.py filters               # run one
 python experiments/paper.py all --steps 20000     # run all; a stopped call is resumed
+python experiments/paper.py protocol              # how each deviation changes the PSNR
 python experiments/figures.py                     # figures of the results
 """
 
@@ -34,6 +35,7 @@ import test
 import train
 from datasets import Batches, H5Patches
 from models import SRCNN, load_srcnn, pick_device, restore
+from protocol import print_protocol
 from utils import ArgumentParser, InputError, number, raise_exit, run, set_signal_handlers
 from utils import Pair, atomic_path, bicubic_pair, check_outputs, find_images, open_input
 from utils import crop_to_multiple, psnr, quantize, read_levels, resize, shave
@@ -446,7 +448,7 @@ def current_commit() -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("experiment", nargs="*", help=f"all, or some of {', '.join(EXPERIMENTS)}")
+    add("experiment", nargs="*", help=f"all, some of {', '.join(EXPERIMENTS)}, or protocol")
     add("--list", action="store_true", help="print every experiment, variant and paper's result")
     add("--steps", type=number(int, 2), default=20_000, help="of training (default: 20000)")
     add("--seeds", type=number(int, 0, 1 << 32), nargs="+", default=[1], help="(default: 1)")
@@ -472,6 +474,9 @@ def main(args: argparse.Namespace) -> None:
         print_list()
         return
     experiments = args.experiment
+    if experiments == ["protocol"]:
+        print_protocol(args.sets[0])
+        return
     if not experiments or not {*experiments} <= {*EXPERIMENTS, "all"}:
         names = " ".join(experiments) or "no experiment"
         raise InputError(f"{names}: choose from all, {', '.join(EXPERIMENTS)}")

@@ -1,5 +1,6 @@
-"""What the tests share: the scripts, in this process or in one of their own, and small files."""
+"""Fixtures and helpers: the scripts, called in this process or in another one, and small files."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from skimage import data as pictures
+from skimage.data import astronaut
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before the standard library's own package `test`
@@ -22,17 +23,19 @@ import train
 from models import SRCNN
 from utils import run
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
+# The tests may run under nohup or in a script's background, where these signals are ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 DATA = ROOT / "data"
 Result = namedtuple("Result", "status out err")
 needs_data = pytest.mark.skipif(
-    not (DATA / "Set5").is_dir(), reason="data/ holds no Set5: prepare.py --download data"
+    not (DATA / "Set5").is_dir(), reason="data/ has no Set5: prepare.py --download data"
 )
 
 
 @pytest.fixture(autouse=True)
 def process_state():
-    """Give back what main() changes for its whole process."""
+    """Restore what main() changes for its whole process."""
     numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     handlers = {number: signal.getsignal(number) for number in numbers}
     threads, pixels = torch.get_num_threads(), Image.MAX_IMAGE_PIXELS
@@ -45,7 +48,7 @@ def process_state():
 
 @pytest.fixture
 def call(capfd, monkeypatch):
-    """call("prepare", "--scale", 3, ...): a script as its command line runs it, in this process."""
+    """Run a script with a command line in this process: call("prepare", "--scale", 3, ...)."""
 
     def call(name: str, *argv: object) -> Result:
         module = {"prepare": prepare, "train": train, "test": upscale}[name]
@@ -63,7 +66,7 @@ def call(capfd, monkeypatch):
 
 
 def spawn(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
-    """A python script of the repository in a process of its own, waited for."""
+    """Run Python with these arguments in another process, and wait until it ends."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         capture_output=True,
@@ -75,8 +78,8 @@ def spawn(*command: object, **kwargs: object) -> subprocess.CompletedProcess:
     )
 
 
-# Runs a script as if the disk were full after 2,000 bytes of a file (torch 2.6 writes one itself
-# when it is imported).
+# Runs a script on a disk that is full after 2,000 bytes of each file. torch 2.6 writes a file when
+# torch.distributed.nn is imported, so that is imported before.
 FULL_DISK = (
     "import resource, signal, sys, runpy, torch.distributed.nn; sys.argv = sys.argv[1:]; "
     "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -86,7 +89,7 @@ FULL_DISK = (
 
 
 def refused(result: Result, *words: str) -> bool:
-    """Status 2 and one line on stderr that holds these words, nothing else."""
+    """Assert status 2 and a single line on stderr that contains these words."""
     assert result.status == 2, result
     assert result.err.count("\n") == 1, result.err
     assert "Traceback" not in result.err
@@ -96,26 +99,26 @@ def refused(result: Result, *words: str) -> bool:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder and what they hold, to see that nothing changed."""
+    """Return the content of all files below a folder, to compare it before and after."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Random grey levels, float32, 0..255."""
+    """Return random grey levels, float32, 0..255."""
     return np.random.default_rng(seed).uniform(0, 255, shape).astype(np.float32)
 
 
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     """A colour photograph of 120 x 90 pixels, H x W x 3, uint8 (NASA's, in scikit-image)."""
-    image = Image.fromarray(pictures.astronaut()).resize((128, 128))
+    image = Image.fromarray(astronaut()).resize((128, 128))
     return np.asarray(image)[:120, 20:110].copy()
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
-    """Weights of a small network that changes what it sees: 5-3-5, eight and four filters."""
+    """Weights of a small network that changes its input: 5-3-5, eight and four filters."""
     torch.manual_seed(7)
     model = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5))
     with torch.no_grad():
@@ -136,11 +139,38 @@ def rgb_weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def h5_files(tmp_path_factory) -> tuple[Path, Path]:
-    """(training file, evaluation file) of drawn pictures, x3, 64 patches of 33 pixels."""
+    """(training file, evaluation file) of synthetic images, x3, 64 patches of 33 pixels."""
     folder = tmp_path_factory.mktemp("h5")
     files = folder / "train_x3.h5", folder / "eval_x3.h5"
-    for path, count, more in zip(files, (4, 2), (["--stride", "74"], ["--eval"])):
+    for path, count, flags in zip(files, (4, 2), (["--stride", "74"], ["--eval"])):
         argv = ["--synthetic", str(count), "--output-path", str(path), "--scale", "3"]
-        args = prepare.get_args_parser().parse_args(argv + more)
-        prepare.main(args)
+        prepare.main(prepare.get_args_parser().parse_args(argv + flags))
     return files
+
+
+# --- runs of train.py, for test_train.py and test_processes.py ------------------------------
+
+
+@pytest.fixture
+def train_flags(h5_files, tmp_path) -> list:
+    """The flags of a short run of a small network: 64 patches, four steps an epoch."""
+    files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
+    network = ["--filters", 8, 4, "--kernel-sizes", 5, 3, 5]
+    return [*files, *network, "--outputs-dir", tmp_path / "out", "--num-epochs", 3]
+
+
+def history(folder: Path) -> list[dict]:
+    """Return the rows of a run's history.csv."""
+    with (folder / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Assert that two last.pth have the same content, apart from clocks, flags and file names."""
+    states = [torch.load(path, weights_only=True) for path in (a, b)]
+    for state in states:
+        for row in [state, *state["history"]]:
+            del row["seconds"]
+        del state["args"], state["data"]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    return True

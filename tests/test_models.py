@@ -1,4 +1,4 @@
-"""The network, its initialisation, loading of weights, and tiles."""
+"""The network, its initialisation, weights files, and tiles."""
 
 import os
 import pickle
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from conftest import noise
 from torch import nn
 
+import models
 from models import SRCNN, SelfEnsemble, load_srcnn, restore, shifted_sums
 from utils import InputError
 
 
-class TheirSRCNN(nn.Module):
-    """The forks' network: zero padding in every layer, the same names."""
+class ForkSRCNN(nn.Module):
+    """The network of yjn870/SRCNN-pytorch: zero padding in every layer, the same names."""
 
     def __init__(self, num_channels: int = 1) -> None:
         super().__init__()
@@ -31,14 +32,17 @@ class TheirSRCNN(nn.Module):
         return self.conv3(x)
 
 
-def parameters(model: nn.Module) -> int:
+def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+# --- the network ----------------------------------------------------------------------------
+
+
 def test_parameter_counts_are_the_papers():
-    assert parameters(SRCNN()) == 57_281
+    assert num_parameters(SRCNN()) == 57_281
     for kernel_sizes, weights in (((9, 1, 5), 8_032), ((9, 3, 5), 24_416), ((9, 5, 5), 57_184)):
-        assert parameters(SRCNN(kernel_sizes=kernel_sizes)) == weights + 64 + 32 + 1
+        assert num_parameters(SRCNN(kernel_sizes=kernel_sizes)) == weights + 64 + 32 + 1
 
 
 def test_layers_are_named_conv1_to_convn():
@@ -53,7 +57,7 @@ def test_output_has_the_size_of_the_input(size):
     assert SRCNN(3)(torch.rand(1, 3, *size)).shape == (1, 3, *size)
 
 
-def test_padding_is_done_once_with_the_edge_and_valid_skips_it():
+def test_edges_are_repeated_once_at_the_input_and_valid_does_not_pad():
     torch.manual_seed(0)
     model = SRCNN(init="default")
     x = torch.rand(1, 1, 21, 34)
@@ -80,8 +84,8 @@ def test_other_initialisations_are_the_papers_and_pytorchs():
     torch.manual_seed(0)
     default = SRCNN(init="default").state_dict()
     torch.manual_seed(0)
-    theirs = TheirSRCNN().state_dict()
-    assert all(torch.equal(default[name], theirs[name]) for name in theirs)
+    fork = ForkSRCNN().state_dict()
+    assert all(torch.equal(default[name], fork[name]) for name in fork)
 
 
 @pytest.mark.parametrize(
@@ -93,33 +97,40 @@ def test_other_initialisations_are_the_papers_and_pytorchs():
         {"init": "zeros"},
     ],
 )
-def test_a_network_that_cannot_be_built_is_refused(kwargs):
+def test_arguments_that_describe_no_network_are_refused(kwargs):
     with pytest.raises(ValueError):
         SRCNN(**kwargs)
 
 
-def test_weights_load_there_and_theirs_here(tmp_path):
-    ours, theirs = SRCNN(), TheirSRCNN()
-    theirs.load_state_dict(ours.state_dict())
-    theirs = TheirSRCNN()
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+# --- weights files --------------------------------------------------------------------------
+
+
+def test_weights_are_interchangeable_with_the_fork(tmp_path):
+    ours, fork = SRCNN(), ForkSRCNN()
+    fork.load_state_dict(ours.state_dict())
+    fork = ForkSRCNN()
+    torch.save(fork.state_dict(), tmp_path / "fork.pth")
     x = torch.rand(1, 1, 40, 40)
-    ours = load_srcnn(tmp_path / "theirs.pth")
-    assert (ours(x, valid=True) - theirs(x)[..., 8:-8, 8:-8]).abs().max() < 1e-5
+    ours = load_srcnn(tmp_path / "fork.pth")
+    assert (ours(x, valid=True) - fork(x)[..., 8:-8, 8:-8]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("wrap", ["model", "state_dict"])
-def test_a_checkpoint_that_wraps_weights_loads(tmp_path, wrap):
+@pytest.mark.parametrize("key", ["model", "state_dict", "ema", "average"])
+def test_weights_inside_a_checkpoint_load_and_the_ema_is_preferred(tmp_path, key):
     model = SRCNN(3, (16, 8, 4), (9, 1, 1, 5))
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
-    torch.save({wrap: state, "epoch": 3}, tmp_path / "checkpoint.pth")
+    checkpoint = {"epoch": 3, key: state}
+    if key in ("ema", "average"):
+        checkpoint["model"] = SRCNN(3).state_dict()
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
     loaded = load_srcnn(tmp_path / "checkpoint.pth")
     x = torch.rand(1, 3, 20, 20)
     assert torch.equal(loaded(x), model(x))
     assert (loaded.num_channels, loaded.halo) == (3, 6)
 
 
-def broken_state(name: str, value: torch.Tensor | None) -> dict:
+def state_with(name: str, value: torch.Tensor | None) -> dict:
+    """Return a state dict in which one tensor is replaced, or missing."""
     state = SRCNN().state_dict()
     if value is None:
         del state[name]
@@ -134,21 +145,21 @@ def broken_state(name: str, value: torch.Tensor | None) -> dict:
         3,
         {},
         {"conv1.weight": torch.zeros(64, 1, 9, 9)},
-        broken_state("conv2.bias", None),
-        broken_state("conv2.weight", torch.zeros(32, 63, 5, 5)),
-        broken_state("conv1.weight", torch.zeros(64)),
-        broken_state("extra.weight", torch.zeros(3)),
+        state_with("conv2.bias", None),
+        state_with("conv2.weight", torch.zeros(32, 63, 5, 5)),
+        state_with("conv1.weight", torch.zeros(64)),
+        state_with("extra.weight", torch.zeros(3)),
     ],
 )
-def test_what_is_no_srcnn_is_refused(tmp_path, content):
+def test_files_without_the_weights_of_srcnn_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="other.pth: .* no weights file"):
+    with pytest.raises(InputError, match="other.pth: not a valid weights file"):
         load_srcnn(tmp_path / "other.pth")
 
 
 def test_weights_with_nan_are_refused(tmp_path):
-    torch.save(broken_state("conv2.bias", torch.full((32,), torch.nan)), tmp_path / "nan.pth")
-    with pytest.raises(InputError, match="NaN"):
+    torch.save(state_with("conv2.bias", torch.full((32,), torch.nan)), tmp_path / "nan.pth")
+    with pytest.raises(InputError, match="nan.pth: .*NaN"):
         load_srcnn(tmp_path / "nan.pth")
 
 
@@ -164,7 +175,7 @@ def test_missing_empty_and_truncated_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_execute_code_does_not_run(tmp_path, zipped):
+def test_code_in_a_pickle_is_not_executed(tmp_path, zipped):
     class Payload:
         def __reduce__(self) -> tuple:
             return os.system, (f"touch {tmp_path / 'executed'}",)
@@ -177,30 +188,53 @@ def test_a_pickle_that_would_execute_code_does_not_run(tmp_path, zipped):
     with pytest.raises(InputError, match="malicious.pth"):
         load_srcnn(path)
     assert not (tmp_path / "executed").exists()
-    with suppress(RuntimeError):  # the payload is a real one
+    with suppress(RuntimeError):  # the payload works where it is not prevented
         torch.load(path, weights_only=False)
     assert (tmp_path / "executed").exists()
 
 
+# --- tiles ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("tile", [1, 7, 16, 50, 1000])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 45), (5, 3), (47, 61)])
-def test_tiles_give_the_same_picture_as_one_pass(weights, tile, shape):
+def test_tiles_give_the_same_image_as_one_pass(weights, tile, shape):
     model, ilr = load_srcnn(weights), noise(*shape)
     whole = model(torch.from_numpy(ilr)[None, None] / 255)[0, 0] * 255
     restored = restore(model, ilr, tile)
     assert np.abs(restored - whole.detach().numpy()).max() < 1e-3
-    assert np.abs(restored - ilr).max() > 1  # the network does something
+    assert np.abs(restored - ilr).max() > 1  # the network changes its input
 
 
-def test_tiles_cover_every_pixel_once(weights):
-    model, sides = load_srcnn(weights), []
-    model.register_forward_hook(lambda _, inputs, y: sides.append(y.shape[2:]))
+def recorded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Return a list that receives the output size of every tile."""
+    sizes, predict = [], models.predict
+
+    def recording_predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        y = predict(model, x)
+        sizes.append(tuple(y.shape[2:]))
+        return y
+
+    monkeypatch.setattr(models, "predict", recording_predict)
+    return sizes
+
+
+def test_tiles_cover_every_pixel_once(weights, monkeypatch):
+    model, sizes = load_srcnn(weights), recorded_sizes(monkeypatch)
     restore(model, noise(37, 101), 16)
-    assert max(max(shape) for shape in sides) <= 16
-    assert sum(height * width for height, width in sides) == 37 * 101
+    assert max(max(size) for size in sizes) <= 16
+    assert sum(height * width for height, width in sizes) == 37 * 101
 
 
-def test_restore_keeps_the_number_of_threads(weights):
+def test_discarded_rows_are_not_computed_and_change_no_other_row(weights, monkeypatch):
+    model, ilr = load_srcnn(weights), noise(37, 20)
+    whole, sizes = restore(model, ilr, 16), recorded_sizes(monkeypatch)
+    part = restore(model, ilr, 16, discard=(9, 4))
+    assert np.abs(part - whole)[9:-4].max() < 1e-3
+    assert sum(height * width for height, width in sizes) == (37 - 9 - 4) * 20
+
+
+def test_restore_does_not_change_the_number_of_threads(weights):
     threads = torch.get_num_threads()
     restore(load_srcnn(weights), noise(40, 40), 8)
     assert torch.get_num_threads() == threads
@@ -216,10 +250,10 @@ def test_shifted_sums_are_a_convolution(outputs):
 
 def test_self_ensemble_is_the_mean_over_flips_and_rotations(weights):
     model, ilr = load_srcnn(weights), noise(24, 31)
-    ways = []
+    outputs = []
     for k in range(4):
         for flip in (np.asarray, np.fliplr):
-            turned = restore(model, np.ascontiguousarray(np.rot90(flip(ilr), k)))
-            ways.append(flip(np.rot90(turned, -k)))
-    assert np.abs(restore(SelfEnsemble(model), ilr) - np.mean(ways, axis=0)).max() < 1e-3
-    assert np.abs(ways[0] - ways[1]).max() > 0.1
+            restored = restore(model, np.ascontiguousarray(np.rot90(flip(ilr), k)))
+            outputs.append(flip(np.rot90(restored, -k)))
+    assert np.abs(restore(SelfEnsemble(model), ilr) - np.mean(outputs, axis=0)).max() < 1e-3
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.1

@@ -1,4 +1,7 @@
-"""Data that people bring: pairs, value ranges, held-out pictures, channels, other methods."""
+"""Data that users bring: LR/HR pairs, value ranges, hold-out, channels, other programs' results.
+
+Scores are compared with float64 formulas of this file, not with functions of the scripts.
+"""
 
 from pathlib import Path
 
@@ -9,9 +12,11 @@ import tifffile
 import torch
 from conftest import noise, refused
 from PIL import Image
-from skimage import data as pictures
+from skimage.data import camera
 from skimage.metrics import structural_similarity
 from torch.nn.functional import conv2d, interpolate, pad
+
+from models import SRCNN
 
 SMALL = ("--filters", 8, 4, "--kernel-sizes", 5, 3, 5, "--batch-size", 4, "--outputs-dir", ".")
 U8, U16, F32 = np.uint8, np.uint16, np.float32
@@ -19,12 +24,11 @@ U8, U16, F32 = np.uint8, np.uint16, np.float32
 
 @pytest.fixture(autouse=True)
 def scores(call, weights, tmp_path, monkeypatch):
-    """scores("--image-file", ...): the rows of test.py --eval; all runs in tmp_path."""
+    """Return the rows of test.py --eval: scores("--image-file", ...). All runs in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def scores(*argv: object) -> np.ndarray:
-        more = "--csv", "scores.csv", "--weights-file", weights  # unless argv names others
-        result = call("test", "--eval", *more, *argv)
+        result = call("test", "--eval", "--csv", "scores.csv", "--weights-file", weights, *argv)
         assert result.status == 0, result.err
         return np.atleast_1d(np.genfromtxt("scores.csv", delimiter=",", names=True))
 
@@ -32,259 +36,396 @@ def scores(call, weights, tmp_path, monkeypatch):
 
 
 def save(path: str, values: np.ndarray) -> str:
+    """Write an image and the folders above it; return its path."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
     return path
 
 
-def grey(i: int = 0, height: int = 49, width: int = 50, white: float = 255, kind: type = U8):
-    values = pictures.camera()[40 * i :: 2, 120::2][:height, :width] * (white / 255)
-    return (values if kind is F32 else values.round()).astype(kind)
+def save_network(path: str, num_channels: int) -> str:
+    """Write the weights of a 5-3-5 network that changes each channel differently."""
+    torch.manual_seed(num_channels)
+    model = SRCNN(num_channels, (8, 6), (5, 3, 5))
+    for parameter in model.conv3.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    torch.save(model.state_dict(), path)
+    return path
 
 
-GREY, DEEP = grey(), grey(0, 48, 48, 60000, U16)
-RESULTS = [(DEEP, DEEP, 4095, np.inf), (DEEP, DEEP + U16(1), 65535, 96.3295)]
-RESULTS += [(GREY, np.stack([GREY] * 3, -1), 255, np.inf)]  # as most programs write it
+def grey(i: int = 0, height: int = 49, width: int = 50, white: float = 255, dtype: type = U8):
+    """Return a part of a greyscale photograph in 0..white; each `i` gives another part."""
+    values = camera()[40 * i :: 2, 120::2][:height, :width] * (white / 255)
+    return (values if dtype is F32 else values.round()).astype(dtype)
 
 
-def bicubic(planes: np.ndarray, height: int, width: int, back: bool = False) -> np.ndarray:
-    """imresize in float64 by torch, where a = -0.5 if antialiased; edge pixels are repeated."""
+def bicubic(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize as MATLAB's imresize in float64: torch has a = -0.5 if antialiased; edges repeat."""
     h, w = planes.shape[-2:]
-    planes = bicubic(planes, height, width) if back else planes
-    height, width, h, w = (h, w, height, width) if back else (height, width, h, w)
     x = pad(torch.from_numpy(np.float64(planes)).view(1, -1, h, w), [w, w, h, h], "replicate")
     x = interpolate(x, (3 * height, 3 * width), mode="bicubic", antialias=True).numpy()
     return x[0, :, height:-height, width:-width].reshape(*planes.shape[:-2], height, width)
 
 
-def network(path: str, values: np.ndarray, white: float = 255) -> np.ndarray:
-    """What the weights make of values of which `white` is the peak, in float64."""
+def degraded(hr: np.ndarray, scale: int = 3) -> np.ndarray:
+    """Return the input of the network for an HR image: downscaled, then upscaled by bicubic."""
+    height, width = hr.shape[-2:]
+    return bicubic(bicubic(hr, height // scale, width // scale), height, width)
+
+
+def restored(path: str, ilr: np.ndarray, white: float = 255) -> np.ndarray:
+    """Return the output of a 5-3-5 network in float64 for an input in 0..white."""
     state = {name: w.double() for name, w in torch.load(path, weights_only=True).items()}
-    x = torch.from_numpy(np.float64(values)).reshape(1, -1, *values.shape[-2:]) / white
+    x = torch.from_numpy(np.float64(ilr)).reshape(1, -1, *ilr.shape[-2:]) / white
     x = pad(x, [5, 5, 5, 5], mode="replicate")  # 2 + 1 + 2
     for i in (1, 2, 3):
         x = conv2d(x.relu() if i > 1 else x, state[f"conv{i}.weight"], state[f"conv{i}.bias"])
-    return white * x.numpy().reshape(values.shape)
+    return white * x.numpy().reshape(ilr.shape)
 
 
-def decibels(a, b, cut: int = 3, white: float = 255, rounded: bool = True):
-    a = np.clip(np.floor(a + 0.5), 0, white) if rounded else a
-    error = (a - np.float64(b))[..., cut : b.shape[-2] - cut, cut : b.shape[-1] - cut]
+def approx_psnr(sr, hr, border: int = 3, white: float = 255, rounded: bool = True):
+    """Return the PSNR in dB without the border, to compare with `==`."""
+    sr = np.clip(np.floor(sr + 0.5), 0, white) if rounded else sr
+    error = (sr - np.float64(hr))[
+        ..., border : hr.shape[-2] - border, border : hr.shape[-1] - border
+    ]
     return pytest.approx(10 * np.log10(white**2 / np.mean(error**2)), abs=2e-3)
 
 
-def similarity(a: np.ndarray, b: np.ndarray, cut: int, **axis: int):
-    a, b = (np.float64(x)[..., cut:-cut, cut:-cut] for x in (a, b))
+def approx_ssim(sr: np.ndarray, hr: np.ndarray, border: int = 3, **axis: int):
+    """Return the SSIM of rounded levels without the border, to compare with `==`."""
+    sr = np.clip(np.floor(sr + 0.5), 0, 255)
+    sr, hr = (np.float64(x)[..., border:-border, border:-border] for x in (sr, hr))
     window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    return pytest.approx(structural_similarity(a, b, data_range=255, **window, **axis), abs=1e-5)
+    return pytest.approx(structural_similarity(sr, hr, data_range=255, **window, **axis), abs=1e-5)
 
 
 def luma(rgb: np.ndarray) -> np.ndarray:
+    """Return the rounded luma of H x W x 3."""
     return np.floor(16.5 + rgb @ [65.481, 128.553, 24.966] / 255)
 
 
-def test_pairs_of_div2k_names_are_enlarged_by_bicubic(call, scores, weights):
-    for i in (1, 10):  # 080 and 0801 would be confused by their beginnings
+# --- LR/HR pairs ----------------------------------------------------------------------------
+
+
+def test_lr_images_of_div2k_are_upscaled_by_bicubic(call, scores, weights):
+    for i in (1, 10):  # 081.png and 0810.png, of which one name is the beginning of the other
         save(f"HR/08{i}.png", grey(i))
-        for s in (2, 3):
-            small = noise(49 // s, 50 // s, seed=i).astype(U8)
-            save(f"LR/X{s}/08{i}x{s}.png", small)
-    pair, more = ("--lr-dir", "LR", "--scale", 3), ("--output-path", "a.h5", "--eval")
-    assert call("prepare", *pair, "--images-dir", "HR", *more).status == 0
-    ilr, truth = bicubic(small, 48, 48), grey(10)[:48, :48]
+        for scale in (2, 3):
+            lr = noise(49 // scale, 50 // scale, seed=i).astype(U8)
+            save(f"LR/X{scale}/08{i}x{scale}.png", lr)
+    pairs, output = ("--lr-dir", "LR", "--scale", 3), ("--output-path", "a.h5", "--eval")
+    assert call("prepare", *pairs, "--images-dir", "HR", *output).status == 0
+    ilr, hr = bicubic(lr, 48, 48), grey(10)[:48, :48]
     with h5py.File("a.h5") as file:
-        assert np.allclose(file["lr/1"], ilr, atol=1e-3) and np.array_equal(file["hr/1"], truth)
-    row = scores(*pair, "--image-file", "HR/0810.png")[0]
-    assert row["bicubic_psnr"] == decibels(ilr, truth)
-    assert row["srcnn_psnr"] == decibels(network(weights, ilr), truth)
+        assert np.allclose(file["lr/1"], ilr, atol=1e-3) and np.array_equal(file["hr/1"], hr)
+        assert file.attrs["degradation"] == "pairs"
+    row = scores(*pairs, "--image-file", "HR/0810.png")[0]
+    assert row["bicubic_psnr"] == approx_psnr(ilr, hr)
+    assert row["srcnn_psnr"] == approx_psnr(restored(weights, ilr), hr)
 
 
 @pytest.mark.parametrize("scale", [1, 3])
-def test_pairs_of_equal_size_are_used_as_they_are(call, scores, weights, scale):
-    truth = np.stack([grey(i) for i in range(3)], -1)
-    given = np.clip(truth + noise(49, 50, 3) / 10, 0, 255).astype(U8)
-    save("HR/a.png", truth), save("LR/a.tif", given)
-    noisy, pair = (luma(given), luma(truth)), ("--lr-dir", "LR", "--scale", scale)
-    for name, more in ("train", ["--stride", 8]), ("eval", ["--eval"]):
+def test_lr_images_of_equal_size_are_used_directly(call, scores, weights, scale):
+    hr = np.stack([grey(i) for i in range(3)], -1)
+    noisy = np.clip(hr + noise(49, 50, 3) / 10, 0, 255).astype(U8)
+    save("HR/a.png", hr), save("LR/a.tif", noisy)
+    ilr, hr, pairs = luma(noisy), luma(hr), ("--lr-dir", "LR", "--scale", scale)
+    for name, flags in ("train", ["--stride", 8]), ("eval", ["--eval"]):
         argv = "--images-dir", "HR", "--output-path", f"{name}.h5"
-        assert call("prepare", *pair, *argv, *more).status == 0
+        assert call("prepare", *pairs, *argv, *flags).status == 0
     with h5py.File("eval.h5") as file:
-        assert np.array_equal([file["lr/0"], file["hr/0"]], noisy)
+        assert np.array_equal([file["lr/0"], file["hr/0"]], [ilr, hr])
     files = "--train-file", "train.h5", "--eval-file", "eval.h5", "--scale", scale
     assert call("train", *files, *SMALL, "--steps", 3).status == 0
-    pair, cut = (*pair, "--image-file", "HR"), scale if scale > 1 else 0
-    row = scores(*pair, "--save-images", ".")[0]
-    assert row["bicubic_psnr"] == decibels(*noisy, cut)
-    assert row["srcnn_psnr"] == decibels(network(weights, noisy[0]), noisy[1], cut)
-    assert scores(*pair, "--results", "HR")[0]["result_psnr"] == np.inf  # 50 x 49 do not divide
+    argv, border = (*pairs, "--image-file", "HR"), scale if scale > 1 else 0
+    row = scores(*argv, "--save-images", ".")[0]
+    assert row["bicubic_psnr"] == approx_psnr(ilr, hr, border)
+    assert row["srcnn_psnr"] == approx_psnr(restored(weights, ilr), hr, border)
     assert Image.open(f"a_bicubic_x{scale}.png").size == (50, 49)
+    # The ground truth is not cropped, although 50 and 49 do not divide by 3.
+    assert scores(*argv, "--results", "HR")[0]["result_psnr"] == np.inf
+
+
+MATCHES = [  # an HR image and its LR image or result at scale 3
+    ("img.png", "img.bmp"),
+    ("Img.PNG", "IMG.png"),
+    ("img.png", "imgx3.png"),
+    ("img.png", "IMG-X3.png"),
+    ("img.png", "img_3x.png"),
+    ("img_HR.png", "img_LR.png"),
+    ("img_GT.bmp", "img_SR.png"),
+    ("img_SRF_3_HR.png", "img_SRF_3_LR.png"),
+    ("img.png", "img_SRF_3_bicubic.png"),
+    ("img.png", "img_srcnn_x3.png"),
+    ("img_x2.png", "img_x2_x3.png"),
+    ("img.png", "X3/imgx3.png"),
+    ("a/img.png", "A/img.png"),
+    ("a/HR/img.png", "a/LR/x3/img.png"),
+    ("a_HR/img.png", "a_LR_x3/img.png"),
+]
+NO_MATCHES = [
+    ("img.png", "imgx2.png"),
+    ("img.png", "img_SRF_2_LR.png"),
+    ("img.png", "img_x33.png"),
+    ("img.png", "X2/img.png"),
+    ("img.png", "img2.png"),
+    ("img.png", "img_ours.png"),
+    ("img.png", "lrimg.png"),
+    ("img_2.png", "img.png"),
+    ("a/img.png", "img.png"),
+    ("img.png", "a/img.png"),
+    ("a/img.png", "b/img.png"),
+]
+
+
+@pytest.mark.parametrize(("hr", "result"), MATCHES)
+def test_images_of_the_same_subfolder_and_name_match(scores, hr, result):
+    save(f"HR/{hr}", grey()), save(f"out/{result}", grey())
+    save("out/img_other.png", grey(1)), save("out/other/img.png", grey(1))
+    assert (
+        scores("--image-file", "HR", "--results", "out", "--scale", 3)[0]["result_psnr"] == np.inf
+    )
+
+
+@pytest.mark.parametrize(("hr", "result"), NO_MATCHES)
+def test_images_of_other_subfolders_names_or_scales_do_not_match(call, hr, result):
+    save(f"HR/{hr}", grey()), save(f"out/{result}", grey())
+    argv = "--eval", "--image-file", "HR", "--results", "out", "--scale", 3
+    assert refused(call("test", *argv), f"error: HR/{hr}: --results has no file of its subfolder")
 
 
 @pytest.mark.parametrize("flags", ["images-dir lr-dir", "image-file lr-dir", "image-file results"])
-def test_partner_missing_ambiguous_or_of_another_size_is_one_line(call, flags):
-    first, second = (f"--{flag}" for flag in flags.split())
-    name = ["prepare", "--output-path", "a.h5"] if first == "--images-dir" else ["test", "--eval"]
-    argv = *name, first, "HR", second, "LR", "--scale", 3
-    for path in ("HR/img.png", "HR/img_2.png", "LR/img_2.png"):  # that one is another's
-        save(path, grey(0, 48, 48))
-    assert refused(call(*argv), "HR/img.png", "LR")
-    save("LR/img_ours.png", GREY), save("LR/img_theirs.png", GREY)
-    assert refused(call(*argv), "HR/img.png", "LR")
+def test_missing_ambiguous_or_wrong_size_of_a_match_is_one_line(call, flags):
+    hr_flag, lr_flag = (f"--{flag}" for flag in flags.split())
+    if hr_flag == "--images-dir":
+        name = "prepare", "--output-path", "a.h5", "--eval"
+    else:
+        name = "test", "--eval", "--csv", "a.csv"
+    output = Path(name[-2 if hr_flag == "--images-dir" else -1])
+    argv = *name, hr_flag, "HR", lr_flag, "LR", "--scale", 3
+    good = grey(0, *[48 if lr_flag == "--results" else 16] * 2)
+    save("HR/img.png", grey(0, 48, 48)), save("LR/img_2.png", good)
+    assert refused(call(*argv), f"error: HR/img.png: {lr_flag} has no file")
+    save("LR/img.png", good), save("LR/x3/img.bmp", good)
+    assert refused(call(*argv), "error: HR/img.png: ", "LR/img.png and LR/x3/img.bmp")
+    Path("LR/x3/img.bmp").unlink()
     save("LR/img.png", grey(0, 17, 16))
-    assert refused(call(*argv), "HR/img.png", "LR/img.png")
-    save("LR/img.png", grey(0, 16, 16))
-    save("HR/more/img.png", grey(0, 48, 48))  # to which of them does the partner belong?
-    assert "error: HR/img.png: no picture of its name or folder in" in call(*argv).err
-    Path("LR/img.png").unlink(), Path("HR/img_2.png").unlink()
-    for folder in "HR", "more":
-        save(f"LR/{folder}/img.png", grey(0, *[48 if second == "--results" else 16] * 2))
-    assert call(*argv).status == 0
+    assert refused(call(*argv), "error: HR/img.png", "LR/img.png")
+    assert not output.exists()
+    save("HR/img_2.png", grey(0, 48, 48))  # which has an LR image
+    assert refused(call(*argv), "error: HR/img.png", "LR/img.png")
+    assert output.exists()
+    save("LR/img.png", good)
+    assert call(*argv)[::2] == (0, "")
 
 
-def test_pictures_and_evaluation_files_are_measured_in_one_call(scores, h5_files):
-    assert len(scores("--image-file", save("a.png", GREY), h5_files[1], "--scale", 3)) == 3
+# --- value ranges ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [("png", U16, 4095), ("tif", U16, 4095), ("tif", F32, 1.0)])
-def test_series_is_trained_on_scored_and_enlarged(call, scores, case):
-    end, kind, white = case
-    paths = [save(f"in/{i}.{end}", grey(i, 49, 50, white, kind)) for i in range(4)]
-    span, whole = ("--range", 0, white), kind is U16
+@pytest.mark.parametrize(
+    ("suffix", "dtype", "white"), [("png", U16, 4095), ("tif", U16, 4095), ("tif", F32, 1.0)]
+)
+def test_images_with_a_range_are_trained_on_scored_and_upscaled(call, scores, suffix, dtype, white):
+    paths = [save(f"in/{i}.{suffix}", grey(i, 49, 50, white, dtype)) for i in range(4)]
+    value_range, integer = ("--range", 0, white), dtype is U16
     argv = "--images-dir", "in", "--output-path", "t.h5", "--stride", 5, "--scale", 3
-    assert call("prepare", *argv, *span, "--hold-out", 0.5).status == 0
+    assert call("prepare", *argv, *value_range, "--hold-out", 0.5).status == 0
     files, best = ("--train-file", "t.h5", "--eval-file", "t_eval.h5"), "x3/best.pth"
     assert call("train", *files, *SMALL, "--steps", 30).status == 0
     with h5py.File("t_eval.h5") as file:
         pairs = [[file[f"{k}/{i}"][:] * (white / 255) for k in ("lr", "hr")] for i in (0, 1)]
-    made = [decibels(network(best, a, white), b, 3, white, whole).expected for a, b in pairs]
+    outputs = [(restored(best, ilr, white), hr) for ilr, hr in pairs]
+    expected = [approx_psnr(sr, hr, 3, white, integer).expected for sr, hr in outputs]
     reached = np.genfromtxt("x3/history.csv", delimiter=",", skip_header=1)[..., 2].max()
-    assert reached == pytest.approx(np.mean(made), abs=2e-3)
-    for path, row in zip(paths, scores("--image-file", "in", *span, "--weights-file", best)):
-        ilr = bicubic(truth := np.asarray(Image.open(path))[:48, :48], 16, 16, True)
-        assert row["bicubic_psnr"] == decibels(ilr, truth, 3, white, whole)
-        assert row["srcnn_psnr"] == decibels(network(best, ilr, white), truth, 3, white, whole)
-    argv = "--image-file", paths[0], "--output", f"out.{end}", "--back-projection", 0
-    assert call("test", *argv, *span, "--weights-file", best).status == 0
-    large = np.asarray(Image.open(f"out.{end}"))
-    expected = network(best, bicubic(grey(0, 49, 50, white, kind), 147, 150), white)
-    expected = np.clip(expected, 0, white).round() if whole else expected
-    assert large.dtype == kind and np.abs(large - expected).max() <= (1 if whole else 1e-4)
+    assert reached == pytest.approx(np.mean(expected), abs=2e-3)
+    rows = scores("--image-file", "in", *value_range, "--weights-file", best)
+    for path, row in zip(paths, rows, strict=True):
+        hr = np.asarray(Image.open(path))[:48, :48]
+        ilr = degraded(hr)
+        assert row["bicubic_psnr"] == approx_psnr(ilr, hr, 3, white, integer)
+        assert row["srcnn_psnr"] == approx_psnr(restored(best, ilr, white), hr, 3, white, integer)
+    argv = "--image-file", paths[0], "--output", f"out.{suffix}", "--back-projection", 0
+    assert call("test", *argv, *value_range, "--weights-file", best).status == 0
+    upscaled = np.asarray(Image.open(f"out.{suffix}"))
+    expected = restored(best, bicubic(grey(0, 49, 50, white, dtype), 147, 150), white)
+    expected = np.clip(expected, 0, white).round() if integer else expected
+    assert upscaled.dtype == dtype
+    assert np.abs(upscaled - expected).max() <= (1 if integer else 1e-4)
 
 
-def test_floating_point_needs_a_range_to_be_measured_but_not_to_be_enlarged(call, scores):
+def test_floating_point_needs_a_range_for_training_and_scores_only(call, scores):
     save("in/a.tif", grey(0, 49, 50, 1, F32))
     argv = "--images-dir", "in", "--output-path", "a.h5", "--scale", 3
     assert refused(call("prepare", *argv), "in/a.tif", "--range LOW HIGH")
     assert refused(call("test", "--eval", "--image-file", "in"), "in/a.tif", "--range LOW HIGH")
-    scores("--image-file", "in", "--range", 0, 1, "--save-images", "shown")
-    save("a.tif", np.full((20, 20), 3e7, F32))  # so large that a small difference is none
+    assert len(scores("--image-file", "in", "--range", 0, 1, "--save-images", "images")) == 1
+    save("a.tif", np.full((20, 20), 3e7, F32))  # float32 cannot represent 3e7 + 1
     assert call("test", "--image-file", "a.tif").status == 0
     assert np.allclose(Image.open("a_srcnn_x3.tif"), 3e7, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", [(U16, 5000, 0, 4095), (U16, 4000, -9, 5000), (U8, 255, 0, 999)])
-def test_enlarged_values_never_wrap(call, weights, case):
-    kind, peak, *span = case
-    path = save("a.png", np.repeat([[0] * 12 + [peak] * 12], 24, 0).astype(kind))
-    result = call("test", "--image-file", path, "--range", *span, "--weights-file", weights)
-    if result.status:  # a range that the type cannot hold may be refused
-        return refused(result, "--range")
-    large = np.asarray(Image.open("a_srcnn_x3.png"))
-    assert large[:, :33].max() < 0.3 * peak and large[:, 39:].min() > 0.7 * peak
+@pytest.mark.parametrize(
+    ("dtype", "peak", "low", "high"),
+    [(U16, 5000, 0, 4095), (U16, 4000, -9, 5000), (U8, 255, 0, 999)],
+)
+def test_upscaled_values_never_wrap_around(call, weights, dtype, peak, low, high):
+    path = save("a.png", np.repeat([[0] * 12 + [peak] * 12], 24, 0).astype(dtype))
+    result = call("test", "--image-file", path, "--range", low, high, "--weights-file", weights)
+    assert result[::2] == (0, "")
+    upscaled = np.asarray(Image.open("a_srcnn_x3.png"))
+    assert upscaled[:, :33].max() < 0.3 * peak and upscaled[:, 39:].min() > 0.7 * peak
 
 
-def test_colour_of_eight_bits_with_range(call, scores, weights, photo):
+def test_range_of_8_bit_colour_is_applied(call, scores, weights, photo):
     studio = (16 + photo * (219 / 255)).round().astype(U8)
     argv = "--image-file", save("a.png", studio), "--range", 16, 235
-    truth = luma((studio - 16.0) * (255 / 219))
-    expected = decibels(bicubic(truth, 40, 30, True), truth).expected
+    hr = luma((studio - 16.0) * (255 / 219))
+    expected = approx_psnr(degraded(hr), hr).expected
     assert abs(scores(*argv)[0]["bicubic_psnr"] - expected) < 0.05
     assert call("test", *argv, "--weights-file", weights).status == 0
-    large = np.asarray(Image.open("a_srcnn_x3.png"))
-    assert np.array_equal(large, large.clip(16, 235))
-    assert np.abs(large.reshape(120, 3, 90, 3, 3).mean((1, 3)) - studio).mean() < 3
+    upscaled = np.asarray(Image.open("a_srcnn_x3.png"))
+    assert np.array_equal(upscaled, upscaled.clip(16, 235))
+    assert np.abs(upscaled.reshape(120, 3, 90, 3, 3).mean((1, 3)) - studio).mean() < 3
 
 
-def test_colour_of_sixteen_bits_is_read_whole_or_refused(call):
+def test_range_of_16_bit_colour_is_refused(call):
+    """Pillow reads the upper bytes only, so that 16 levels of 12-bit images remain."""
     values = np.stack([grey(0, 48, 48, 4095, U16)] * 3, -1)
     tifffile.imwrite("a.tif", values, photometric="rgb")
     argv = "--images-dir", ".", "--scale", 3, "--output-path", "a.h5", "--range", 0, 4095
-    result = call("prepare", *argv, "--eval")
-    if result.status:  # Pillow gives the upper bytes only: of 12 bits sixteen levels are left
-        assert refused(result, "a.tif")
-        return
-    with h5py.File("a.h5") as file:
-        assert np.allclose(file["hr/0"], 16 + values[..., 0] / 4095 * 219, atol=0.1)
+    assert refused(call("prepare", *argv, "--eval"), "a.tif", "--range", "16-bit colour")
+    assert not Path("a.h5").exists()
 
 
-def test_held_out_pictures_are_no_training_pictures(call):
-    for i in range(20):  # each of one patch, of one grey level
+# --- hold-out -------------------------------------------------------------------------------
+
+
+def test_held_out_images_are_not_trained_on(call):
+    for i in range(20):  # each has one patch of one grey level
         save(f"a/sub/{i}.png" if i % 2 else f"b/{i}.png", np.full((33, 33), i, U8))
-    splits = []
-    for seed, folders in enumerate(5 * ["ab"] + 4 * [("a", "a/sub")], -1):
+
+    def split(seed: int, *folders: str) -> tuple[list[int], list[int]]:
         argv = "--images-dir", *folders, "--output-path", "t.h5", "--hold-out", 0.1, "--scale", 3
-        assert call("prepare", *argv, "--seed", max(0, seed)).status == 0
+        assert call("prepare", *argv, "--seed", seed).status == 0
         with h5py.File("t.h5") as train, h5py.File("t_eval.h5") as file:
-            held = [int(file["hr"][name][0, 0]) for name in file["lr"]]
-            splits.append(([int(patch[0, 0]) for patch in train["hr"]], held))
-    for kept, held in splits[:5]:
-        assert len(held) == 2 and sorted(kept + held) == list(range(20))
-    assert splits[0] == splits[1] and len({tuple(held) for _, held in splits}) > 1
-    # A folder that is named with its subfolder holds no picture twice.
-    assert all(not set(kept) & set(held) for kept, held in splits[5:])
+            held_out = [int(file["hr"][name][0, 0]) for name in file["lr"]]
+            return [int(patch[0, 0]) for patch in train["hr"]], held_out
+
+    splits = [split(seed, "a", "b") for seed in (0, 1, 2, 3)]
+    for train_images, held_out in splits:
+        assert len(held_out) == 2 and sorted(train_images + held_out) == list(range(20))
+    assert split(0, "a", "b") == splits[0]
+    assert len({tuple(held_out) for _, held_out in splits}) > 1
+    for seed in range(4):  # images of a folder that is named twice are used once
+        train_images, held_out = split(seed, "a", "a/sub")
+        assert sorted(train_images + held_out) == list(range(1, 20, 2))
 
 
-def test_training_without_evaluation_file_keeps_the_average(call, h5_files):
+def test_training_without_evaluation_file_saves_the_ema(call, h5_files):
     assert "--eval-file" in call("train", "--train-file", h5_files[0], *SMALL, "--steps", 20).out
     assert call("train", "--outputs-dir", ".", "--resume", "--steps", 40).status == 0
     rows = Path("x3/history.csv").read_text().splitlines()[1:]
     assert {row.split(",")[2] for row in rows} == {""} and len(rows) > 1
-    best, last = (torch.load(f"x3/{n}.pth", weights_only=True) for n in ("best", "last"))
+    best, last = (torch.load(f"x3/{name}.pth", weights_only=True) for name in ("best", "last"))
     for name, value in best.items():
-        assert torch.equal(value, last["average"][name])
+        assert torch.equal(value, last["ema"][name])
         assert not torch.equal(value, last["model"][name])
 
 
-def test_four_channels_are_trained_and_scored(call, scores, weights):
-    truth = np.stack([grey(i, 48) for i in range(4)]).astype(F32)
-    with h5py.File("train.h5", "w") as file, h5py.File("set.h5", "w") as other:
-        for name, planes in ("lr", ilr := F32(bicubic(truth, 24, 25, True))), ("hr", truth):
-            file[name] = np.stack([planes[:, i : i + 25, i : i + 25] for i in range(0, 23, 5)])
-            other[f"{name}/0"] = planes
+# --- channels -------------------------------------------------------------------------------
+
+
+def test_greyscale_is_its_own_luma_for_an_rgb_network(scores):
+    path, rgb_network = save("a.png", grey()), save_network("rgb.pth", 3)
+    luma_row = scores("--image-file", path)[0]
+    rgb_row = scores("--image-file", path, "--weights-file", rgb_network)[0]
+    for column in "bicubic_psnr", "bicubic_ssim":
+        assert rgb_row[column] == luma_row[column]
+    hr = grey()[:48, :48]
+    lr = bicubic(hr, 16, 16)
+    channels = restored(rgb_network, np.stack([bicubic(lr, 48, 48)] * 3))
+    assert np.ptp(channels, axis=0).max() > 2
+    srcnn = channels.mean(axis=0)
+    back_projected = srcnn + bicubic(lr - bicubic(srcnn, 16, 16), 48, 48)
+    for method, sr in ("srcnn", srcnn), ("upscaled", back_projected):
+        assert rgb_row[f"{method}_psnr"] == approx_psnr(sr, hr)
+        assert rgb_row[f"{method}_ssim"] == approx_ssim(sr, hr)
+
+
+def test_evaluation_file_of_a_greyscale_image_has_the_scores_of_the_image(call, scores):
+    path, network = save("in/a.png", grey()), save_network("rgb.pth", 3)
+    argv = "--images-dir", "in", "--output-path", "a.h5", "--eval", "--scale", 3
+    assert call("prepare", *argv, "--num-channels", 3).status == 0
+    image_row, file_row = (
+        scores("--image-file", p, "--weights-file", network) for p in (path, "a.h5")
+    )
+    for column in "bicubic_psnr", "srcnn_psnr", "srcnn_ssim", "srcnn_rgb_psnr":
+        assert file_row[column] == pytest.approx(image_row[column], abs=1e-6)
+
+
+def test_images_and_evaluation_files_are_measured_in_one_call(call, scores, h5_files):
+    argv = "--image-file", save("a.png", grey()), h5_files[1], "--scale", 3
+    assert len(scores(*argv)) == 3
+    for flag in "--results", "--save-images":  # these need images
+        assert refused(call("test", "--eval", *argv, flag, "."), h5_files[1].name, flag)
+
+
+def test_four_channels_are_trained_on_and_scored(call, scores, weights):
+    hr = np.stack([grey(i, 48) for i in range(4)]).astype(F32)
+    ilr = degraded(hr, 2).astype(F32)
+    with h5py.File("train.h5", "w") as train, h5py.File("set.h5", "w") as file:
+        for name, planes in ("lr", ilr), ("hr", hr):
+            train[name] = np.stack([planes[:, i : i + 25, i : i + 25] for i in range(0, 23, 5)])
+            file[f"{name}/0"] = planes
     files = "--train-file", "train.h5", "--eval-file", "set.h5", "--scale", 2
     assert call("train", *files, *SMALL, "--steps", 8).status == 0
     row = scores("--image-file", "set.h5", "--weights-file", "x2/best.pth")[0]
-    assert row["srcnn_psnr"] == decibels(made := network("x2/best.pth", ilr), truth, 2)
-    assert row["srcnn_ssim"] == similarity(made.round().clip(0, 255), truth, 2, channel_axis=0)
+    sr = restored("x2/best.pth", ilr)
+    assert row["srcnn_psnr"] == approx_psnr(sr, hr, 2)
+    assert row["srcnn_ssim"] == approx_ssim(sr, hr, 2, channel_axis=0)
     argv = "--eval", "--image-file", "set.h5", "--scale", 2, "--weights-file", weights
     assert refused(call("test", *argv), "set.h5", "channels")
 
 
-@pytest.mark.parametrize("suffix", ["", "_x3", "x3", "_SRF_3_srcnn", "_srcnn_x3"])
+# --- results of other programs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", "_x3", "_SRF_3_srcnn"])
 def test_results_of_another_program_are_scored_on_luma(scores, photo, suffix):
-    other = np.roll(photo[:, :87], 1, 0)
-    save(f"out/baby{suffix}.bmp", other), save("out/baby2.bmp", photo)
-    mine, theirs, path = luma(photo[:, :87]), luma(other), save("baby.png", photo[:, :89])
+    result = np.roll(photo[:, :87], 1, 0)
+    save(f"out/baby{suffix}.bmp", result), save("out/baby2.bmp", photo)
+    path = save("baby.png", photo[:, :89])  # cropped to 87 columns, a multiple of 3
     row = scores("--image-file", path, "--results", "out", "--scale", 3)[0]
+    hr, sr = luma(photo[:, :87]), luma(result)
     assert row.dtype.names[2:] == ("bicubic_psnr", "bicubic_ssim", "result_psnr", "result_ssim")
-    assert row["bicubic_psnr"] == decibels(bicubic(mine, 40, 29, True), mine)
-    assert row["result_psnr"] == decibels(theirs, mine)
-    assert row["result_ssim"] == similarity(theirs, mine, 3)
+    assert row["bicubic_psnr"] == approx_psnr(degraded(hr), hr)
+    assert row["result_psnr"] == approx_psnr(sr, hr)
+    assert row["result_ssim"] == approx_ssim(sr, hr)
 
 
-@pytest.mark.parametrize("case", RESULTS)
-def test_result_like_the_picture_has_the_score_it_deserves(scores, case):
-    truth, result, white, psnr = case
-    argv = "--image-file", save("a.png", truth), "--results", "out", "--range", 0, white
+DEEP = grey(0, 48, 48, 60000, U16)
+RESULTS = [
+    (DEEP, DEEP, 4095, np.inf),
+    (DEEP, DEEP + U16(1), 65535, 96.3295),  # 20 log10(65535)
+    (grey(), np.stack([grey()] * 3, -1), 255, np.inf),  # many programs write greyscale as RGB
+]
+
+
+@pytest.mark.parametrize(("hr", "result", "white", "psnr"), RESULTS)
+def test_result_close_to_the_ground_truth_has_a_high_score(scores, hr, result, white, psnr):
+    argv = "--image-file", save("a.png", hr), "--results", "out", "--range", 0, white
     save("out/a.png", result)
     assert scores(*argv)[0]["result_psnr"] == pytest.approx(psnr, abs=1e-3)
+
+
+# --- scale ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["x2/best.pth", "srcnn_x2.pth"])
 def test_name_of_the_weights_implies_the_scale(call, weights, name):
     Path("x2").mkdir()
     Path(name).write_bytes(weights.read_bytes())
-    argv = "--image-file", save("a.png", GREY), "--weights-file", name, "--output", "out.png"
+    argv = "--image-file", save("a.png", grey()), "--weights-file", name, "--output", "out.png"
     assert call("test", *argv)[::2] == (0, "") and Image.open("out.png").size == (100, 98)
     result = call("test", *argv, "--scale", 3)
     assert Image.open("out.png").size == (150, 147)
@@ -292,10 +433,10 @@ def test_name_of_the_weights_implies_the_scale(call, weights, name):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
-def test_outscale_reduces_the_next_whole_scale(call, weights, photo, mode):
+def test_outscale_downscales_from_the_next_whole_scale(call, weights, photo, mode):
     image = Image.fromarray(photo[:24, :30]).convert("L" if mode == "I;16" else mode)
     white, values = 255, np.asarray(image)
-    if mode == "I;16":  # bicubic shoots over an edge
+    if mode == "I;16":  # bicubic overshoots at edges
         white, values = 4095, (values > 128) * U16(4095)
     argv = "--image-file", save("a.png", values), "--range", 0, white, "--weights-file", weights
     assert call("test", *argv).status == call("test", *argv, "--outscale", 2.5).status == 0
@@ -303,5 +444,5 @@ def test_outscale_reduces_the_next_whole_scale(call, weights, photo, mode):
     assert image.size == (75, 60) and image.mode == mode
     expected = bicubic(np.atleast_3d(whole).transpose(2, 0, 1), 60, 75).transpose(1, 2, 0)
     error = np.abs(np.clip(np.atleast_3d(image), 0, white) - np.clip(expected, 0, white))
-    # At the border Pillow cuts its kernel. It rounds after the rows and after the columns.
+    # Pillow cuts its kernel off at the border, and rounds after the rows and after the columns.
     assert error[4:-4, 4:-4].max() <= 1.5 and np.max(image) <= white

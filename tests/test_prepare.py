@@ -1,4 +1,4 @@
-"""Pictures, drawn or real, to h5 files; and the download of the data sets."""
+"""Images, real or synthetic, to h5 files; and the download of the data sets."""
 
 import functools
 import hashlib
@@ -15,23 +15,24 @@ from conftest import DATA, needs_data, noise, refused, tree
 from PIL import Image
 
 import prepare
-from utils import InputError, bicubic_pair, to_8bit
+from utils import InputError, bicubic_pair, quantize
 
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """A folder with a colour picture of 50 x 41, a grey one of 36 x 36 and a tiny one."""
+    """A folder with a colour image of 50 x 41, a greyscale one of 36 x 36 and a tiny one."""
     folder = tmp_path / "images"
     folder.mkdir()
     colour = noise(41, 50, 3).astype(np.uint8)
     Image.fromarray(colour).save(folder / "colour.png")
     Image.fromarray(noise(36, 36).astype(np.uint8)).save(folder / "grey.bmp")
     Image.fromarray(noise(8, 9).astype(np.uint8)).save(folder / "tiny.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
-def luma(path: Path) -> np.ndarray:
+def rounded_luma(path: Path) -> np.ndarray:
+    """Return the luma of an image by the formula; of a greyscale image its values."""
     image = Image.open(path)
     values = np.asarray(image, np.float64)
     if image.mode == "L":
@@ -39,44 +40,48 @@ def luma(path: Path) -> np.ndarray:
     return np.floor(16 + values @ [65.481, 128.553, 24.966] / 255 + 0.5)
 
 
+# --- h5 files -------------------------------------------------------------------------------
+
+
 def test_training_file_has_the_layout_of_the_forks(call, images, tmp_path):
     out = tmp_path / "train.h5"
     result = call("prepare", "--images-dir", images, "--output-path", out, "--scale", 3)
-    assert result.status == 0
+    assert (result.status, result.out) == (0, f"{out}: 3 patches for x3\n")
     assert f"{images / 'tiny.png'}: skipped" in result.err
-    hr = luma(images / "colour.png")[:39, :48]
-    expected = [hr[:33, :33], hr[:33, 14:47], luma(images / "grey.bmp")[:33, :33]]
+    hr = rounded_luma(images / "colour.png")[:39, :48]
+    expected = [hr[:33, :33], hr[:33, 14:47], rounded_luma(images / "grey.bmp")[:33, :33]]
     with h5py.File(out) as file:
         assert file["lr"].shape == file["hr"].shape == (3, 33, 33)
         assert file["lr"].dtype == file["hr"].dtype == np.float32
         assert np.array_equal(file["hr"], expected)
-        ilr = bicubic_pair(hr.astype(np.float32), 1, 3).ilr
+        ilr = bicubic_pair(hr.astype(np.float32), 3).ilr
         assert np.array_equal(file["lr"][1], ilr[:33, 14:47])
-        assert not np.array_equal(file["lr"], to_8bit(np.asarray(file["lr"])))
+        assert not np.array_equal(file["lr"], quantize(np.asarray(file["lr"])))
         assert file["lr"].maxshape[0] is None
         attributes = dict(file.attrs)
     assert attributes == {
         "scale": 3,
         "patch_size": 33,
         "stride": 14,
-        "degradation": "matlab",
+        "degradation": "bicubic",
         "version": 1,
     }
 
 
-def test_evaluation_file_holds_whole_pictures_in_groups(call, images, tmp_path):
+def test_evaluation_file_has_whole_images_in_groups(call, images, tmp_path):
     out = tmp_path / "eval.h5"
     argv = ["--images-dir", images, "--output-path", out, "--scale", 4, "--eval"]
     assert call("prepare", *argv).status == 0
     with h5py.File(out) as file:
         assert list(file["lr"]) == list(file["hr"]) == ["0", "1", "2"]
-        hr = luma(images / "colour.png")[:40, :48]
+        hr = rounded_luma(images / "colour.png")[:40, :48]
         assert np.array_equal(file["hr/0"], hr)
-        assert np.array_equal(file["lr/0"], bicubic_pair(hr.astype(np.float32), 1, 4).ilr)
+        assert np.array_equal(file["lr/0"], bicubic_pair(hr.astype(np.float32), 4).ilr)
         assert file["lr/0"].dtype == np.float32
+        assert file.attrs["rounding"] == 1
 
 
-def test_three_channels_are_kept_on_demand(call, images, tmp_path):
+def test_num_channels_3_writes_rgb(call, images, tmp_path):
     argv = ["--images-dir", images, "--scale", 2, "--num-channels", 3, "--output-path"]
     call("prepare", *argv, tmp_path / "train.h5")
     call("prepare", *argv, tmp_path / "eval.h5", "--eval")
@@ -88,23 +93,7 @@ def test_three_channels_are_kept_on_demand(call, images, tmp_path):
         assert np.array_equal(file["hr/0"], rgb)
 
 
-def test_pillow_degradation_is_the_forks_procedure(call, images, tmp_path):
-    out = tmp_path / "forks.h5"
-    argv = ["--images-dir", images, "--output-path", out, "--scale", 3, "--eval"]
-    assert call("prepare", *argv, "--degradation", "pillow").status == 0
-    hr = Image.open(images / "colour.png").convert("RGB")
-    hr = hr.resize((48, 39), Image.Resampling.BICUBIC)
-    lr = hr.resize((16, 13), Image.Resampling.BICUBIC)
-    lr = lr.resize((48, 39), Image.Resampling.BICUBIC)
-    with h5py.File(out) as file:
-        for name, image in ("hr", hr), ("lr", lr):
-            rgb = np.asarray(image, np.float64)
-            y = 16 + rgb @ np.array([65.481, 128.553, 24.966]) / 255
-            assert np.abs(file[f"{name}/0"] - y).max() < 1e-3
-        assert file.attrs["degradation"] == "pillow"
-
-
-def test_copies_that_are_reduced_are_cut_up_too(call, images, tmp_path):
+def test_shrink_adds_patches_of_downscaled_copies(call, images, tmp_path):
     (images / "grey.bmp").unlink()
     argv = ["--images-dir", images, "--scale", 2, "--patch-size", 20, "--stride", 50]
     argv += ["--output-path", tmp_path / "t.h5", "--shrink", 0.6, 0.5, 0.1]
@@ -115,40 +104,56 @@ def test_copies_that_are_reduced_are_cut_up_too(call, images, tmp_path):
     copies = [colour, *(colour.resize(s, Image.Resampling.BICUBIC) for s in ((30, 25), (25, 20)))]
     for i, copy in enumerate(copies):
         copy.save(tmp_path / "copy.png")
-        assert np.array_equal(patches[i], luma(tmp_path / "copy.png")[:20, :20])
+        assert np.array_equal(patches[i], rounded_luma(tmp_path / "copy.png")[:20, :20])
     assert len(patches) == 3
+
+
+def test_unreadable_images_are_reported_and_the_others_are_used(call, images, tmp_path):
+    (images / "tiny.png").unlink()
+    out, argv = tmp_path / "out.h5", ["--images-dir", images, "--scale", 3]
+    assert call("prepare", *argv, "--output-path", tmp_path / "good.h5").status == 0
+    content = (images / "colour.png").read_bytes()
+    (images / "truncated.png").write_bytes(content[: len(content) // 2])
+    (images / "empty.png").write_bytes(b"")
+    result = call("prepare", *argv, "--output-path", out)
+    assert (result.status, result.out) == (2, f"{out}: 3 patches for x3\n")
+    errors = result.err.splitlines()
+    assert len(errors) == 2
+    for line, name in zip(errors, ("empty.png", "truncated.png")):
+        assert line.startswith(f"prepare.py: error: {images / name}: not a valid image")
+    assert out.read_bytes() == (tmp_path / "good.h5").read_bytes()
 
 
 def test_bad_input_is_one_line_and_changes_nothing(call, images, tmp_path):
     out = tmp_path / "out.h5"
-    out.write_bytes(b"from before")
-    (tmp_path / "empty").mkdir()
-    whole = (images / "colour.png").read_bytes()
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "a.png").write_bytes((images / "grey.bmp").read_bytes())
-    (broken / "b.png").write_bytes(whole[: len(whole) // 2])
-    tiny = tmp_path / "tiny"
-    tiny.mkdir()
-    (tiny / "t.png").write_bytes((images / "tiny.png").read_bytes())
+    out.write_bytes(b"old")
+    for name in ("empty", "broken", "tiny"):
+        (tmp_path / name).mkdir()
+    content = (images / "colour.png").read_bytes()
+    (tmp_path / "broken" / "b.png").write_bytes(content[: len(content) // 2])
+    (tmp_path / "tiny" / "t.png").write_bytes((images / "tiny.png").read_bytes())
     before = tree(tmp_path)
     base = ["--output-path", out, "--images-dir"]
     assert refused(call("prepare", *base, tmp_path / "no", "--scale", 3), "no such folder")
     assert refused(call("prepare", *base, tmp_path / "empty", "--scale", 3), "empty")
-    assert refused(call("prepare", *base, broken, "--scale", 3), str(broken / "b.png"))
+    broken = call("prepare", *base, tmp_path / "broken", "--scale", 3)
+    assert refused(broken, str(tmp_path / "broken" / "b.png"))
     for scale in (1, 0, -2, 2.5, "x"):
         assert refused(call("prepare", *base, images, "--scale", scale), "--scale")
     assert refused(call("prepare", *base, images, "--scale", 2, "--stride", 0), "--stride")
     assert refused(call("prepare", *base, images), "--scale")
     assert refused(call("prepare", "--images-dir", images, "--scale", 2), "--output-path")
     assert refused(call("prepare", "--scale", 2), "--images-dir")
-    result = call("prepare", *base, tiny, "--scale", 3)
-    assert result.status == 2
-    assert result.err.splitlines()[-1].startswith("prepare.py: error:")
+    tiny = call("prepare", *base, tmp_path / "tiny", "--scale", 3)
+    assert tiny.status == 2
+    assert tiny.err.splitlines()[-1].startswith("prepare.py: error: --patch-size, --scale: ")
     assert tree(tmp_path) == before
 
 
-def test_drawn_pictures_follow_from_the_seed(call, tmp_path):
+# --- synthetic images -----------------------------------------------------------------------
+
+
+def test_synthetic_images_follow_from_the_seed(call, tmp_path):
     def make(name: str, *more: object) -> bytes:
         argv = ["--synthetic", 2, "--output-path", tmp_path / name, "--scale", 3]
         assert call("prepare", *argv, *more).status == 0
@@ -160,24 +165,24 @@ def test_drawn_pictures_follow_from_the_seed(call, tmp_path):
     assert make("d", "--stride", 100) == make("e", "--stride", 100)
 
 
-def test_dead_leaves_have_edges_and_flat_areas_in_all_sizes():
+def test_dead_leaves_have_edges_and_flat_areas_of_all_sizes():
     rgb = np.asarray(prepare.dead_leaves(0)).astype(float).transpose(2, 0, 1)
     assert rgb.shape == (3, 256, 256)
-    steps = np.abs(np.diff(rgb.mean(axis=0), axis=1))
-    assert 0.3 < (steps < 1).mean() < 0.95  # flat inside of discs
-    assert (steps > 20).mean() > 0.02  # edges between them
+    gradients = np.abs(np.diff(rgb.mean(axis=0), axis=1))
+    assert 0.3 < (gradients < 1).mean() < 0.95  # flat inside of discs
+    assert (gradients > 20).mean() > 0.02  # edges between them
     assert prepare.dead_leaves(0) != prepare.dead_leaves(1)
     # The power spectrum falls about as in photographs: far more in low frequencies.
     power = np.abs(np.fft.rfft2(rgb.mean(axis=0) - rgb.mean())) ** 2
     assert power[1:9, 1:9].mean() > 30 * power[33:65, 33:65].mean()
 
 
-# --- download -----------------------------------------------------------------------
+# --- download -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def release(tmp_path) -> tuple[dict, Path, bytes]:
-    """Generated pictures by name, a manifest of them, and an archive in other folders."""
+    """Generated images by name, a manifest of them, and an archive of other names."""
     files = {}
     for i, name in enumerate(("T91/t1.bmp", "Set5/head_GT.bmp", "Set14/man.bmp")):
         buffer = io.BytesIO()
@@ -211,7 +216,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_download_takes_the_next_source_where_one_fails(release, server, tmp_path, capfd):
+def test_download_tries_the_next_source_after_a_failed_one(release, server, tmp_path, capfd):
     files, manifest, archive = release
     folder, url = server
     (folder / "corrupt.zip").write_bytes(archive[: len(archive) // 2])
@@ -224,7 +229,7 @@ def test_download_takes_the_next_source_where_one_fails(release, server, tmp_pat
     assert err.count("trying the next source") == 2
 
 
-def test_a_download_that_broke_off_says_so(release, tmp_path, capfd):
+def test_an_interrupted_download_reports_the_missing_bytes(release, tmp_path, capfd):
     _, manifest, archive = release
 
     class Short(SimpleHTTPRequestHandler):
@@ -244,7 +249,7 @@ def test_a_download_that_broke_off_says_so(release, tmp_path, capfd):
     assert not (tmp_path / "data").exists()
 
 
-def test_download_goes_on_where_it_stopped(release, server, tmp_path):
+def test_a_second_download_fetches_only_missing_and_damaged_files(release, server, tmp_path):
     files, manifest, _ = release
     folder, url = server
     names = list(files)
@@ -279,17 +284,17 @@ def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tm
         argv = ["--download", tmp_path / "data", "--archive", bad]
         assert refused(call("prepare", *argv), "bad.zip")
     argv[-1] = tmp_path / "no.zip"
-    assert refused(call("prepare", *argv), "no.zip", "no such file")
+    assert refused(call("prepare", *argv), "no.zip: no such zip file")
     assert refused(call("prepare", *argv[2:], "--synthetic", 1), "--download")
     assert not (tmp_path / "data").exists()
 
 
-def test_the_manifest_names_every_file_of_the_three_sets(tmp_path):
+def test_the_manifest_lists_every_file_of_the_three_sets(tmp_path):
     names = list(prepare.missing_files(tmp_path, prepare.MANIFEST))
     counts = [sum(name.startswith(f"{s}/") for name in names) for s in ("T91", "Set5", "Set14")]
     assert counts == [91, 5, 14]
 
 
 @needs_data
-def test_the_manifest_fits_the_real_files():
+def test_the_manifest_matches_the_real_files():
     assert prepare.missing_files(DATA, prepare.MANIFEST) == {}
