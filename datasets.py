@@ -5,7 +5,6 @@ N x P x P (with C channels N x C x P x P) in 0..255. Evaluation files hold group
 with datasets "0", "1", ... of H x W (C x H x W). This is the layout of yjn870/SRCNN-pytorch.
 """
 
-import gc
 import math
 import os
 import signal
@@ -17,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, Pair, open_input, set_signal_handlers
+from utils import InputError, open_input, Pair, set_signal_handlers
 
 MAX_RESIDENT_BYTES = 2 << 30  # larger sets of patches are streamed from disk by default
 HINT = "create it again with prepare.py"
+OLD_DEGRADATIONS = {"matlab": "bicubic", "given": "pairs"}  # in files of earlier versions
 
 
 class DataLoadingError(InputError):
@@ -34,15 +34,19 @@ def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict:
         kind: of `lr` and `hr`: h5py.Dataset in training files, h5py.Group in evaluation files.
     """
     if not isinstance(file["lr"], kind) or not isinstance(file["hr"], kind):
-        use, flag = ("training", "without") if kind is h5py.Dataset else ("evaluation", "with")
-        raise InputError(f"is not a {use} file; {HINT} {flag} --eval")
+        use, flag = ("a training", "without") if kind is h5py.Dataset else ("an evaluation", "with")
+        raise InputError(f"is not {use} file; {HINT}, {flag} --eval")
     file_scale = file.attrs.get("scale", scale)  # yjn870's files do not have it
     if scale is not None and file_scale != scale:
         raise InputError(f"was made for --scale {file_scale}, not {scale}; change one of them")
-    first = file["hr"][:256] if kind is h5py.Dataset else file["hr"][min(file["hr"], default="0")]
-    if np.size(first) and 0 < np.max(first) <= 1:
+    hr = file["hr"]  # of patches a sample is enough
+    samples = [hr[:: max(1, len(hr) // 256)]] if kind is h5py.Dataset else hr.values()
+    if 0 < max((np.max(values) for values in samples if values.size), default=0) <= 1:
         raise InputError(f"contains values in 0..1 instead of 0..255; {HINT}")
-    return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
+    attributes = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
+    if attributes.get("degradation") in OLD_DEGRADATIONS:
+        attributes["degradation"] = OLD_DEGRADATIONS[attributes["degradation"]]
+    return attributes
 
 
 def check_compatible(path: str | Path, attributes: dict, others: dict) -> None:
@@ -95,8 +99,8 @@ class H5Patches(Dataset):
                 if shapes[-1] != shapes[0]:
                     raise InputError(f"has patches of {shapes[-1]}, not {shapes[0]}; use one kind")
                 self.starts.append(self.starts[-1] + ilr[0])
-            self.attributes = self.attributes or attributes
             check_compatible(path, attributes, self.attributes)
+            self.attributes = attributes | self.attributes
         self.patch_shape = shapes[0]
 
     def __len__(self) -> int:
@@ -213,17 +217,17 @@ class Batches:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             yield from iterator
-            return
         except InputError as error:  # from a worker: its traceback precedes the message
             message = str(error).rpartition("InputError: ")[2].strip()
+            raise DataLoadingError(message) from error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "exited unexpectedly" not in str(error):
                 raise
             hint = "continue with --resume and fewer workers if memory was short"
-            message = f"--num-workers: a worker was killed; {hint}"
-        del iterator
-        gc.collect()  # the caught error refers to the iterator, whose end stops the workers
-        raise DataLoadingError(message)
+            raise DataLoadingError(f"--num-workers: a worker was killed; {hint}") from error
+        finally:  # the error's traceback would keep the iterator, and so the workers, alive
+            if self.num_workers:
+                iterator._shutdown_workers()
 
     def _transform(self, batch: torch.Tensor, transform: torch.Tensor, crop: int) -> torch.Tensor:
         """Flip and rotate each patch, crop, and scale to 0..1."""

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import InputError, Planes, decode, fill_transparent, open_input, optional_import
+from utils import decode, fill_transparent, InputError, open_input, optional_import, Planes
 from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
@@ -43,8 +43,8 @@ class SRCNN(nn.Module):
 
     Attributes:
         halo: pixels by which a `valid` output is smaller on each side.
-        info: what the weights were trained for, as far as it is known: "degradation" ("bicubic"
-            or "pairs"), "scale", "range" and "bit_depth" of the images. Stored in weights files.
+        info: of the training data, as far as it is known: "degradation" ("bicubic", "jpeg" or
+            "pairs"), "jpeg", "scale", "range" and "bit_depth". Stored in weights files.
 
     Raises:
         ValueError: arguments that describe no network, or an unknown `init`.
@@ -322,25 +322,16 @@ def upscale(
     Args:
         image: an image of any Pillow mode, or the result of `decode`.
         model: what load_srcnn returns, or SelfEnsemble.
-        scale: whole number; the output is `scale` times as wide and high.
+        scale: a whole number.
         back_projection: steps, see `back_project`; None is default_back_projection.
-        tile: see `restore`.
-        band: output pixels that are in memory at once; the result does not depend on it.
-        edges: what is outside of the image: "edge" repeats its edge, "wrap" the other side, so
-            that seamless textures stay seamless.
+        tile, band: output pixels per side, and in memory at once; they change no result.
+        edges: "edge", or "wrap" for seamless textures, which then stay seamless.
 
     Raises:
         TypeError: an argument of another type, such as a file name.
         InputError: a scale or a network that cannot be used.
     """
-    if not isinstance(image, Image.Image | Planes):
-        raise TypeError(f"image: must be a PIL image, not {image!r}; open it with open_image")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
-    if not isinstance(scale, int) or scale < 1:
-        raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
-    if model.num_channels not in (1, 3):
-        raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
+    check_arguments(image, model, scale)
     planes = image if isinstance(image, Planes) else decode(image)
     lr, num_colours = planes.levels(), len(planes.colour)
     if planes.alpha is not None:
@@ -374,6 +365,18 @@ def upscale(
         border = scale * padding
         result = result.crop((border, border, result.width - border, result.height - border))
     return result
+
+
+def check_arguments(image: object, model: object, scale: object) -> None:
+    """Raise the errors of upscale, which name the argument."""
+    if not isinstance(image, Image.Image | Planes):
+        raise TypeError(f"image: must be a PIL image, not {image!r}; open it with open_image")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
+    if not isinstance(scale, int) or scale < 1:
+        raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
+    if model.num_channels not in (1, 3):
+        raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
 
 
 def restore_colours(

@@ -27,19 +27,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils import ArgumentParser, add_image_flags, apply_image_flags, number, report_errors, run
-from utils import InputError, atomic_path, check_outputs, open_input, write_file
-from utils import (
-    Pair,
-    find_images,
-    jpeg_lr_image,
-    make_pair,
-    match_images,
-    only_match,
-    open_image,
-    read_pair,
-)
-from utils import unique_names
+from utils import add_image_flags, apply_image_flags, ArgumentParser, atomic_path, check_outputs
+from utils import count_of, find_images, InputError, make_pair, match_images, number, only_match
+from utils import open_image, open_input, Pair, read_pair, report_errors, run, unique_names
+from utils import raise_exit, set_signal_handlers, write_file
 
 LAYOUT_VERSION = 1
 CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for a short index
@@ -83,11 +74,8 @@ def degraded_pairs(
     for factor in (1, *factors):
         size = [max(1, round(factor * side)) for side in image.size]
         copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
-        lr_image = None
-        if args.jpeg and min(size) >= args.scale:
-            quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1))
-            lr_image = jpeg_lr_image(copy, args.scale, quality, args.range)
-        yield make_pair(copy, lr_image, args.scale, args.num_channels, args.range)
+        quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1)) if args.jpeg else None
+        yield make_pair(copy, None, args.scale, args.num_channels, args.range, quality)
 
 
 # --- synthetic images -----------------------------------------------------------------------
@@ -154,12 +142,16 @@ def append_image(file: h5py.File, pair: Pair) -> int:
 
 
 class DeferredErrors(io.FileIO):
-    """A file for HDF5, which crashes where a write fails, as on a full disk.
+    """A file for HDF5, which crashes where a write fails or is interrupted, as on a full disk.
 
-    Failed writes seem to succeed; `check` raises the first error.
+    Failed writes seem to succeed and signals are remembered, until `check` raises the first.
     """
 
-    error: OSError | None = None
+    error: BaseException | None = None
+
+    def __init__(self, path: str | Path) -> None:
+        set_signal_handlers(self.remember_signal)
+        super().__init__(path, "w+")
 
     def write(self, data: memoryview) -> None:
         try:
@@ -174,8 +166,14 @@ class DeferredErrors(io.FileIO):
         except OSError as error:
             self.error = self.error or error
 
+    def remember_signal(self, signum: int, frame: object) -> None:
+        try:
+            raise_exit(signum, frame)
+        except BaseException as error:
+            self.error = self.error or error
+
     def check(self) -> None:
-        """Raise the first error."""
+        """Raise the first error, or the exception of the first signal."""
         if self.error:
             raise self.error
 
@@ -199,7 +197,7 @@ def write_h5(
         InputError: images of different value ranges or bit depths.
     """
     count, source = 0, None
-    with DeferredErrors(path, "w+") as target:
+    with DeferredErrors(path) as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
                 added = append(file, pair)
@@ -211,6 +209,7 @@ def write_h5(
                 count, source, quantum = count + added, pair.source, pair.quantum
             if count:  # "rounding" is the quantum, with which train.py scores as test.py does
                 file.attrs.update(attributes | source | {"rounding": quantum})
+        set_signal_handlers(raise_exit)
         target.check()
     return count
 
@@ -410,7 +409,9 @@ def main(args: argparse.Namespace) -> int:
                 if failed:
                     raise SystemExit(2)
                 raise InputError("--patch-size, --scale: no image is large enough; lower them")
-            summary.append(f"{path}: {count} {'images' if whole else 'patches'} for x{args.scale}")
+            summary.append(
+                f"{path}: {count_of(count, 'image' if whole else 'patch')} for x{args.scale}"
+            )
             if args.hold_out and whole:
                 summary.append(f"held out: {', '.join(job_images.values())}")
     print(*summary, sep="\n")

@@ -33,12 +33,11 @@ from tqdm import tqdm
 from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, default_back_projection, load_srcnn, pick_device
 from models import restore, to_onnx, upscale
-from utils import ArgumentParser, add_image_flags, apply_image_flags, number, report_errors, run
-from utils import InputError, check_outputs, write_csv, write_file
-from utils import Pair, Planes, bicubic_pair, crop_to_multiple, luma, protocol_psnr, psnr, quantize
-from utils import shave, ssim
-from utils import decode, find_images, unique_names, match_images, only_match, open_image, read_pair
-from utils import rgb_to_ycbcr, to_levels, ycbcr_to_rgb
+from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair
+from utils import check_outputs, count_of, crop_to_multiple, decode, find_images, InputError
+from utils import luma, match_images, number, only_match, open_image, Pair, Planes
+from utils import protocol_psnr, psnr, quantize, read_pair, report_errors, rgb_to_ycbcr, run
+from utils import shave, ssim, to_levels, unique_names, write_csv, write_file, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
@@ -75,7 +74,7 @@ def upscale_files(args: argparse.Namespace) -> int:
         write_report(args, entries, [], written)
     if len(images) > 1 or ignored:
         counts = f"{written} written, {skipped} skipped, {len(failed)} failed"
-        print(f"{counts}; {len(ignored)} other files ignored")
+        print(f"{counts}; {count_of(len(ignored), 'other file')} ignored")
     return 2 if failed else 0
 
 
@@ -549,7 +548,7 @@ def write_report(
         "facts": facts,
         "columns": ["image", *map(column_title, columns)] if rows else [],
         "rows": table,
-        "note": f"{len(entries)} of {total} images are shown.",
+        "note": f"{len(entries)} of {count_of(total, 'image')} below.",
         "images": entries,
     }
     template = (ROOT / "assets" / "report.html").read_text()

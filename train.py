@@ -36,8 +36,8 @@ from datasets import (
     square_symmetries,
 )
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
-from utils import ArgumentParser, InputError, number, raise_exit, run, set_signal_handlers
-from utils import Pair, expand_patterns, open_input, optional_import, protocol_psnr
+from utils import ArgumentParser, count_of, expand_patterns, InputError, number, open_input
+from utils import optional_import, Pair, protocol_psnr, raise_exit, run, set_signal_handlers
 from utils import write_csv, write_file
 
 if dist.is_available():
@@ -94,6 +94,14 @@ def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
     """Return the mean PSNR in dB by the paper's protocol, None without images."""
     scores = [protocol_psnr(restore(model, p.ilr), p.hr, scale, p.quantum) for p in pairs]
     return fmean(scores) if scores else None
+
+
+def evaluate_ema(state: "Run", pairs: list[Pair]) -> float | None:
+    """Return evaluate(...) of the EMA; weights that have diverged are an error of the run."""
+    try:
+        return evaluate(state.ema, pairs, state.args.scale)
+    except InputError as error:
+        raise divergence_error(state) from error
 
 
 class Run:
@@ -269,12 +277,12 @@ def train(
             return 128 + stop.agreed
         is_evaluation = state.evaluation_due
         if is_evaluation and rank == 0:
-            state.record(evaluate(state.ema, pairs, args.scale))
+            state.record(evaluate_ema(state, pairs))
+        sync_ranks(state, stop)  # the evaluation took rank 0's time
         state.end_interval(is_evaluation)
         output.save(state)
         if is_evaluation:
             output.print_evaluation(state)
-        sync_ranks(state, stop)  # the evaluation took rank 0's time
     output.print_result(state)
     return 0
 
@@ -603,7 +611,7 @@ class RunFolder:
         self.baseline = "none; best.pth will have the last weights"
         if pairs:
             self.baseline = f"bicubic {bicubic_psnr(pairs, args.scale):.2f} dB"
-        self.print(f"evaluation  {len(pairs)} images, {self.baseline}")
+        self.print(f"evaluation  {count_of(len(pairs), 'image')}, {self.baseline}")
         if state.finished:
             self.print(
                 "this run is finished; a larger --num-epochs, --steps or --minutes extends it"
@@ -718,10 +726,16 @@ def sync_ranks(state: Run, stop: StopSignal) -> None:
 def check_loss(state: Run) -> None:
     """Stop a run whose loss is not finite; best.pth and last.pth remain those of before."""
     if not math.isfinite(state.mean_loss):
-        raise InputError(
-            f"--lr: the loss is not finite in epoch {state.epoch} at a learning rate of "
-            f"{state.learning_rate:.2g}; try a lower --lr or a longer --warmup"
-        )
+        raise divergence_error(state)
+
+
+def divergence_error(state: Run) -> InputError:
+    """Return the error of a run that has diverged."""
+    lr = state.optimizers[0].param_groups[0]["lr"]
+    return InputError(
+        f"--lr: the loss or the output is not finite in epoch {state.epoch} at a learning rate of "
+        f"{lr:.2g}; try a lower --lr or a longer --warmup"
+    )
 
 
 def init_processes(device: torch.device) -> tuple[int, int]:

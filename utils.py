@@ -20,12 +20,12 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 
 class InputError(ValueError):
@@ -274,7 +274,8 @@ def is_image_name(relative: Path, results: bool) -> bool:
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
 # Tags of TIFF and EXIF.
 NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 0x00FE, 0x0102, 0x0106, 0x0112
-PLANAR_CONFIGURATION, SAMPLE_FORMAT = 0x011C, 0x0153
+SAMPLES_PER_PIXEL, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 0x0115, 0x011C, 0x0153
+Image.WARN_POSSIBLE_FORMATS = True  # tells why a valid TIFF cannot be decoded
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -294,14 +295,14 @@ def open_image(path: str | Path) -> Image.Image:
         Image.open(stream) as image,
     ):
         tags = skip_thumbnails(image) if image.format == "TIFF" else {}
-        bits = max(tags.get(BITS_PER_SAMPLE, (16 if ";16" in str(image.tile) else 8,)))
+        bits = max(tags.get(BITS_PER_SAMPLE, (stored_bits(image, stream),)))
         reduced_to_8_bits = bits > 8 and not image.mode.startswith(("I", "F"))
-        if reduced_to_8_bits and tags.get(PLANAR_CONFIGURATION) == 2:
-            raise InputError(f"is a planar {bits}-bit TIFF, which Pillow cannot decode")
+        check_decodable(image, tags, bits, reduced_to_8_bits)
         if reduced_to_8_bits:
             notes.append(f"{bits}-bit colour is read as 8 bits")
-        if "RGBX" in str(image.tile):
-            notes.append("the fourth band is ignored")
+        ignored_bands = tags.get(SAMPLES_PER_PIXEL, 1) - len(image.getbands())
+        if ignored_bands > 0:
+            notes.append(f"{count_of(ignored_bands, 'further band')} ignored")
         if image.mode == "I;16" and "transparency" in image.info:
             notes.append("transparency of 16-bit greyscale is ignored")
         raw_exif = image.info.get("exif", b"II")
@@ -312,6 +313,7 @@ def open_image(path: str | Path) -> Image.Image:
         image.load()  # rotates a TIFF
         # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
         image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
+        image.info.pop("exif", None)  # Pillow cannot write all that it reads
         upright = ImageOps.exif_transpose(image)
         if orientation in (5, 6, 7, 8) and "dpi" in image.info:
             upright.info["dpi"] = image.info["dpi"][::-1]
@@ -327,11 +329,47 @@ def open_image(path: str | Path) -> Image.Image:
             raise InputError("has values above 2^31, which Pillow cannot decode")
         with suppress(Exception):  # further pages need not be images
             is_first = image.tell() == 0 and image.format != "MPO"  # of phones, with a preview
-            if is_first and getattr(image, "n_frames", 1) > 1:
+            if is_first and getattr(image, "n_frames", 1) > 1 and not has_overviews(image):
                 notes.append(f"{image.n_frames} frames, only the first is used")
     if notes:
         print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
     return upright
+
+
+def stored_bits(image: Image.Image, stream: io.BufferedReader) -> int:
+    """Return the bits per value in a file that is not a TIFF, as far as Pillow does not hide it."""
+    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
+        return 16 if image.tile[0].args[1] > 255 else 8
+    if image.format == "SGI":
+        return 8 * os.pread(stream.fileno(), 1, 3)[0]
+    if image.format == "JPEG2000":  # byte 38 of the SIZ marker segment, see ISO 15444-1, A.5.1
+        header = os.pread(stream.fileno(), 4096, 0)
+        start = header.find(b"\xff\x4f\xff\x51")
+        return 1 + (header[start + 42] & 127) if start >= 0 else 8
+    return 16 if ";16" in str(image.tile) else 8
+
+
+def check_decodable(image: Image.Image, tags: dict, bits: int, reduced_to_8_bits: bool) -> None:
+    """Refuse kinds of files that Pillow decodes to other values, without an error."""
+    is_signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+    is_planar = tags.get(PLANAR_CONFIGURATION) == 2
+    kinds = {
+        "signed 8-bit TIFF": is_signed and bits == 8,
+        "compressed big-endian TIFF of signed values": "BS'" in str(image.tile),
+        "planar 16-bit TIFF": is_planar and reduced_to_8_bits,
+        "planar TIFF with alpha": is_planar and image.mode == "LA",
+        "16-bit FITS file": image.format == "FITS" and image.mode == "I;16",
+        "16-bit colour JPEG 2000": image.format == "JPEG2000" and reduced_to_8_bits,
+    }
+    for kind, applies in kinds.items():
+        if applies:
+            raise InputError(f"is a {kind}, which Pillow decodes wrongly; convert it")
+
+
+def has_overviews(image: Image.Image) -> bool:
+    """Return whether the second page of a TIFF is a smaller copy or a mask of the first."""
+    image.seek(1)
+    return image.format == "TIFF" and image.tag_v2.get(NEW_SUBFILE_TYPE, 0) != 0
 
 
 def skip_thumbnails(image: Image.Image) -> dict:
@@ -365,14 +403,15 @@ def portable_exif(exif: Image.Exif) -> bytes:
     portable = Image.Exif()
     tags = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
     portable.update({tag: exif[tag] for tag in tags if tag in exif})
-    for folder in (0x8769, 0x8825):
-        values = {
-            t: v for t, v in exif.get_ifd(folder).items() if t not in (0xA002, 0xA003, 0xA005)
-        }
-        values.pop(0x927C, None)
-        if values:
-            portable[folder] = values
-    content = portable.tobytes() if len(portable) else b""
+    content = b""
+    with suppress(Exception):  # Pillow cannot write all that it reads
+        for folder in (0x8769, 0x8825):
+            values = dict(exif.get_ifd(folder))
+            for tag in (0xA002, 0xA003, 0xA005, 0x927C):
+                values.pop(tag, None)
+            if values:
+                portable[folder] = values
+        content = portable.tobytes() if len(portable) else b""
     return content if len(content) < 60_000 else b""  # a JPEG stores less than 65,536 bytes
 
 
@@ -381,22 +420,21 @@ def collect_warnings(notes: list[str]) -> Iterator[None]:
     """Append the first warning of Pillow or of a C library below it to `notes`."""
     sys.stderr.flush()
     stderr = os.dup(2)
-    with (
-        tempfile.TemporaryFile() as file,
-        redirect_stderr(io.StringIO()) as text,
-        warnings.catch_warnings(),
-    ):
+    with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         os.dup2(file.fileno(), 2)
         try:
             yield
+        except UnidentifiedImageError as error:
+            reasons = [str(w.message) for w in caught if str(w.message).startswith("TIFF")]
+            raise ValueError(reasons[0] if reasons else "unknown format") from error
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
         file.seek(0)
-        lines = (text.getvalue() + file.read().decode(errors="replace")).splitlines()
-        notes += [line.rpartition("Warning: ")[2][:200] for line in lines[:1]]
+        lines = [str(w.message) for w in caught] + file.read().decode(errors="replace").splitlines()
+        notes += [line[:200] for line in lines[:1]]
 
 
 @dataclass
@@ -475,7 +513,8 @@ def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None
             values = np.clip(values, *map(np.float32, value_range))
         low, high = value_range or default
         if image.info.get("white_is_zero"):
-            values = np.asarray(low + high - values, values.dtype)
+            inverted = low + high - values.astype(np.float64)
+            values = inverted.clip(low, high).astype(values.dtype)
         return Planes(values[None], None, low, high, mode)
     greyscale = image.mode in ("1", "L", "LA", "La")
     mode = ("L" if greyscale else "RGB") + ("A" if image.has_transparency_data else "")
@@ -593,16 +632,12 @@ def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
     return Pair(resize(lr, hr.shape[-2:]), hr, lr, quantum)
 
 
-def jpeg_lr_image(
-    hr_image: Image.Image,
-    scale: int,
-    quality: int,
-    value_range: Sequence[float] | dict | None = None,
-) -> Image.Image:
+def jpeg_lr_image(hr: Planes, scale: int, quality: int) -> Image.Image:
     """Downscale by bicubic, round to 8 bits, encode as JPEG (4:2:0) and decode: a photograph."""
-    hr = crop_to_multiple(quantize(decode(hr_image, value_range).levels()), scale)
-    lr = quantize(resize(hr, (hr.shape[1] // scale, hr.shape[2] // scale))).astype(np.uint8)
-    image, encoded = Image.fromarray(lr.transpose(1, 2, 0).squeeze()), io.BytesIO()
+    levels = crop_to_multiple(hr.levels().clip(0, 255), scale)
+    lr = quantize(resize(levels, (levels.shape[1] // scale, levels.shape[2] // scale)))
+    encoded = io.BytesIO()
+    image = Image.fromarray(lr.astype(np.uint8).transpose(1, 2, 0).squeeze())
     image.save(encoded, "JPEG", quality=quality)
     return Image.open(encoded)
 
@@ -613,15 +648,21 @@ def make_pair(
     scale: int,
     num_channels: int = 1,
     value_range: Sequence[float] | dict | None = None,
+    jpeg: int | None = None,
 ) -> Pair:
     """Return the pair of an HR and an LR image; without an LR image, of the protocol's bicubic.
 
     An LR image `scale` times smaller is upscaled by bicubic; one of equal size is used directly.
 
+    Args:
+        jpeg: use jpeg_lr_image of this quality.
+
     Raises:
         InputError: sizes that do not fit, and the errors of to_levels.
     """
     hr, planes = to_levels(hr_image, num_channels, value_range)
+    if jpeg and min(hr.shape[-2:]) >= scale:
+        lr_image, value_range = jpeg_lr_image(planes, scale, jpeg), None
     if lr_image is None:
         pair = bicubic_pair(hr, scale, planes.quantum)
     else:
@@ -638,24 +679,15 @@ def make_pair(
     return pair
 
 
-def read_pair(
-    path: Path,
-    lr_path: Path | None,
-    scale: int,
-    num_channels: int = 1,
-    value_range: Sequence[float] | dict | None = None,
-    jpeg: int | None = None,
-) -> Pair:
-    """Return make_pair of files, or of a file and its jpeg_lr_image of this quality.
+def read_pair(path: Path, lr_path: Path | None, *args: object) -> Pair:
+    """Return make_pair(image, LR image, *args) of files; without lr_path there is no LR image.
 
     Raises:
         InputError: what open_image and make_pair raise.
     """
-    image, lr_image = open_image(path), open_image(lr_path) if lr_path else None
+    images = [open_image(path), open_image(lr_path) if lr_path else None]
     try:
-        if jpeg:
-            lr_image = jpeg_lr_image(image, scale, jpeg, value_range)
-        return make_pair(image, lr_image, scale, num_channels, value_range)
+        return make_pair(*images, *args)
     except InputError as error:
         paths = f"{path} and {lr_path}" if lr_path else path
         raise InputError(f"{paths}: {error}") from error
@@ -801,6 +833,12 @@ def report(error: InputError) -> None:
     """Print an error as one line on stderr, with control characters escaped."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return "1 image", "2 images", "2,000 patches"."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Fixtures and helpers: the scripts, called in this process or in another one, and small files."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import prepare
 import test as upscale
 import train
 from models import SRCNN
-from utils import run
+from utils import RANGE_SUGGESTED, run
 
 # The tests may run under nohup or in a script's background, where these signals are ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -44,6 +45,7 @@ def process_state():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     Image.MAX_IMAGE_PIXELS = pixels
+    RANGE_SUGGESTED.clear()
 
 
 @pytest.fixture
@@ -109,6 +111,28 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(0, 255, shape).astype(np.float32)
 
 
+def cubic(x: np.ndarray) -> np.ndarray:
+    """Return Keys' cubic convolution kernel, a = -0.5."""
+    x = np.abs(x)
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def resizing_matrix(old: int, new: int) -> np.ndarray:
+    """Return MATLAB's imresize of one axis as a matrix, in float64; edge pixels are repeated."""
+    stretch = max(1, old / new)
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * old / new - 0.5
+        reach = math.ceil(2 * stretch) + 1
+        taps = np.arange(math.floor(centre) - reach, math.floor(centre) + reach + 1)
+        weights = cubic((taps - centre) / stretch)
+        weights /= weights.sum()
+        np.add.at(matrix[row], np.clip(taps, 0, old - 1), weights)
+    return matrix
+
+
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     """A colour photograph of 120 x 90 pixels, H x W x 3, uint8 (NASA's, in scikit-image)."""
@@ -153,10 +177,11 @@ def h5_files(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def train_flags(h5_files, tmp_path) -> list:
-    """The flags of a short run of a small network: 64 patches, four steps an epoch."""
+    """The flags of a short run of a small network: 64 patches, an evaluation after each epoch."""
     files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
     network = ["--filters", 8, 4, "--kernel-sizes", 5, 3, 5]
-    return [*files, *network, "--outputs-dir", tmp_path / "out", "--num-epochs", 3]
+    length = ["--eval-every", 4, "--num-epochs", 3]  # four steps per epoch
+    return [*files, *network, "--outputs-dir", tmp_path / "out", *length]
 
 
 def history(folder: Path) -> list[dict]:
@@ -171,6 +196,7 @@ def same_run(a: Path, b: Path) -> bool:
     for state in states:
         for row in [state, *state["history"]]:
             del row["seconds"]
-        del state["args"], state["data"]
+        for name in ("args", "data", "evaluated_at", "evaluation_seconds"):
+            del state[name]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     return True

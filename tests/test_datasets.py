@@ -1,14 +1,16 @@
 """Batches from h5 files: checks, order, memory or streaming, several files, workers, ranks."""
 
 import multiprocessing
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, refused
 from torch.utils.data import DataLoader
 
 from datasets import Batches, H5Patches, read_eval_pairs, square_symmetries
@@ -242,11 +244,94 @@ def test_evaluation_images_are_in_numerical_order(tmp_path):
     pairs, attributes = read_eval_pairs(path)
     assert [pair.hr[0, 0] for pair in pairs] == list(range(12))
     assert {pair.quantum for pair in pairs} == {0.5}
-    assert attributes["scale"] == "3"
+    assert attributes["scale"] == 3
 
 
-def test_evaluation_images_of_three_equal_channels_are_greyscale(tmp_path):
+def test_evaluation_images_have_the_names_and_kinds_that_the_file_stores(tmp_path):
     rgb = noise(3, 4, 5)
     images = [np.repeat(rgb[:1], 3, axis=0), rgb, rgb[0]]
     path = write(tmp_path / "e.h5", images, images)
-    assert [pair.greyscale for pair in read_eval_pairs(path)[0]] == [True, False, False]
+    with h5py.File(path, "r+") as file:
+        file["hr/0"].attrs.update({"name": "day2/img_07", "greyscale": True})
+    pairs = read_eval_pairs(path)[0]
+    assert [pair.name for pair in pairs] == ["day2/img_07", "e.h5/1", "e.h5/2"]
+    assert [pair.greyscale for pair in pairs] == [True, False, False]
+
+
+# --- value ranges and degradations ----------------------------------------------------------
+
+DARK = np.array([[0.0, 1.0], [1.0, 0.0]], np.float32).repeat(17, 0)[:33].repeat(17, 1)[:, :33]
+
+
+def read_both(tmp_path: Path, images: np.ndarray) -> list[Callable[[], object]]:
+    """Write images as a training and as an evaluation file; return what reads the files."""
+    train_path = write(tmp_path / "t.h5", images, images, scale=3)
+    eval_path = write(tmp_path / "e.h5", list(images), list(images), scale=3)
+    return [lambda: H5Patches([train_path], 3, 8), lambda: read_eval_pairs(eval_path, 3)]
+
+
+@pytest.mark.parametrize("first", ["bright", "black"])
+def test_values_in_0_to_1_are_refused(tmp_path, first):
+    images = GOOD / 255
+    if first == "black":
+        images[0] = 0
+    for read in read_both(tmp_path, images):
+        with pytest.raises(InputError, match=r"h5: contains values in 0\.\.1 instead of 0\.\.255"):
+            read()
+
+
+def test_dark_images_among_others_are_accepted(tmp_path):
+    for read in read_both(tmp_path, np.concatenate([DARK[None], GOOD])):
+        read()
+
+
+KINDS = {
+    "degradation": ({"degradation": "bicubic"}, {"degradation": "pairs"}),
+    "jpeg": ({"degradation": "jpeg", "jpeg": [30, 60]}, {"degradation": "jpeg", "jpeg": [30, 95]}),
+    "range": ({"range": [0.0, 4095.0]}, {"range": [0.0, 65535.0]}),
+    "bit_depth": ({"bit_depth": 8}, {"bit_depth": 16}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("before", [[], [{}], [{"scale": 3}]], ids=["alone", "fork", "scale"])
+def test_training_files_of_different_kinds_cannot_be_combined(tmp_path, name, before):
+    """Files of yjn870, which say nothing about themselves, combine with all others."""
+    paths = [
+        write(tmp_path / f"{i}.h5", GOOD, GOOD, **attributes)
+        for i, attributes in enumerate([*before, *KINDS[name]])
+    ]
+    *equal, other = paths
+    assert len(H5Patches([*equal, equal[-1]], 3, 8)) == 4 * len(paths)
+    with pytest.raises(InputError, match=rf"{other.name}: has {name} "):
+        H5Patches(paths, 3, 8)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_evaluation_file_of_another_kind_than_the_training_file_is_refused(call, tmp_path, name):
+    first, second = KINDS[name]
+    train_path = write(tmp_path / "t.h5", GOOD, GOOD, scale=3, **first)
+    equal = write(tmp_path / "equal.h5", list(GOOD), list(GOOD[::-1]), scale=3, **first)
+    unknown = write(tmp_path / "fork.h5", list(GOOD), list(GOOD[::-1]))
+    other = write(tmp_path / "other.h5", list(GOOD), list(GOOD[::-1]), scale=3, **second)
+    argv = "--train-file", train_path, "--outputs-dir", tmp_path / "out", "--steps", 1
+    argv += "--filters", 2, 2, "--eval-file", equal, unknown
+    assert refused(call("train", *argv, other), f"{other}: has {name} ")
+    assert not (tmp_path / "out").exists()
+    assert call("train", *argv).status == 0
+
+
+def test_a_file_that_another_process_writes_is_reported_as_such(call, tmp_path):
+    train_path = write(tmp_path / "t.h5", GOOD, GOOD, scale=3)
+    eval_path = write(tmp_path / "e.h5", list(GOOD), list(GOOD), scale=3)
+    code = "import h5py, sys; files = [h5py.File(p, 'r+') for p in sys.argv[1:]]; "
+    code += "print(flush=True); sys.stdin.read()"
+    argv = [sys.executable, "-c", code, train_path, eval_path]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        train_argv = "--outputs-dir", tmp_path / "out", "--train-file", train_path
+        results = call("train", *train_argv), call("test", "--eval", eval_path, "--scale", 3)
+        writer.stdin.close()
+    for result, path in zip(results, (train_path, eval_path)):
+        assert refused(result, f"{path}: ", "open for writing in another process")
+    assert len(H5Patches([train_path], 3, 8)) == len(read_eval_pairs(eval_path, 3)[0]) == 4

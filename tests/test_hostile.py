@@ -206,10 +206,10 @@ DAMAGED_FILES = {
     "image": lambda content: Path("in/a.png").read_bytes(),
 }
 KEYS = "version", "args", "data", "epoch", "epoch_step", "global_step", "seconds", "history"
-KEYS += "best", "best_psnr", "model", "ema", "optimizers", "loss_sum"
+KEYS += "best", "best_psnr", "model", "ema", "optimizers", "loss_sum", "loss_steps", "max_lr"
+KEYS += "evaluated_step", "evaluated_at", "evaluation_seconds"
 DAMAGED_STATES = {
     "an earlier version": lambda state: state.update(version=2),
-    "without data of the evaluation file": lambda state: state["data"].pop("eval"),
     "without a layer": lambda state: state["model"].pop("conv2.weight"),
     "without an optimizer": lambda state: state["optimizers"].pop(),
     "model of other shapes": lambda state: resize_tensors(state["model"]),
@@ -227,6 +227,16 @@ def last_pth(tmp_path_factory, h5_files) -> bytes:
     done = spawn(*script(TRAIN), cwd=working_folder, env=ENV)
     assert done.returncode == 0, done.stderr
     return (working_folder / LAST).read_bytes()
+
+
+def test_a_checkpoint_without_data_of_the_evaluation_file_is_refused(do, last_pth):
+    LAST.parent.mkdir(parents=True)
+    state = torch.load(io.BytesIO(last_pth), weights_only=True)
+    del state["data"]["eval"]
+    torch.save(state, LAST)
+    before = snapshot()
+    assert refused(do(f"train --resume {LAST} --num-epochs 2"), "--eval-file")
+    assert snapshot() == before
 
 
 @pytest.mark.parametrize("damage", [*DAMAGED_FILES, *DAMAGED_STATES])
@@ -351,15 +361,20 @@ REFUSED = """\
 overwrite in/a.png: test --image-file in/a.png --output link.png
 overwrite in/a.png: test --image-file in/a.png --output by/a.png
 two.png: test --image-file in/a.png more/b.png --output two.png
-new: test --image-file in/a.png by/a.png --output new/
+new: test --image-file in/a.png in/../in/a.png --output new/
+new/a_srcnn_w40.png: test in/a.png --width 40 --output new/ --report new/a_srcnn_w40.png
+new/a_comparison_x3.png: test in/a.png --save-images new --report new/a_comparison_x3.png
+overwrite in/a.png: test in/a.png --report link.png
+overwrite in/a.png: test in/a.png --ext png --output by/a.png
 w.pth: test --image-file in/a.png --weights-file w.pth --output ./w.pth
 overwrite in/a.png: test --image-file in --eval --csv link.png
 w.pth: test --image-file in --eval --weights-file w.pth --csv w.pth
 new: test --image-file in --eval --csv new/a_srcnn_x3.png --save-images new
-more/b.png: test --image-file in/a.png --eval --lr-dir more --csv more/b.png
+lr/a.png: test --image-file in/a.png --eval --scale 2 --lr-dir lr --csv lr/a.png
+lr/a.png: test in --eval --scale 2 --lr-dir lr --results more lr --csv lr/a.png
 w.pth: test --weights-file w.pth --export link.pth
 overwrite in/a.png: prepare --images-dir in --scale 2 --output-path link.png
-more/b.png: prepare --images-dir in --lr-dir more --scale 2 --output-path more/b.png
+lr/a.png: prepare --images-dir in --lr-dir lr --scale 2 --output-path lr/a.png
 bad.png: prepare --images-dir spoilt --scale 3 --output-path new/x/a.h5
 bad.png: test --image-file spoilt/bad.png --output new/x/a.png
 bad.png: test --image-file spoilt/bad.png --eval --save-images new/x
@@ -372,19 +387,39 @@ bad.png: prepare --images-dir spoilt more --scale 3 --output-path new/x/a.h5 --h
 bad.png: prepare --images-dir spoilt more --scale 3 --output-path a.h5 --hold-out 0.5 --seed 2
 small.png: test --image-file small.png --eval --csv new/x/a.csv
 --outscale 4.1: test --image-file in/a.png --outscale 4.1
+4 channels: test in/a.png --weights-file four.pth --output new/x/a.png
+xyz: test in/a.png --ext xyz --output new/x/
+--jpeg: test in/a.png --jpeg 40
+--jpeg: test in --eval --scale 2 --lr-dir lr --jpeg 40
+--jpeg: test eval.h5 --eval --scale 3 --jpeg 40
+--jpeg: prepare --images-dir in --lr-dir lr --scale 2 --output-path new/x/a.h5 --jpeg 20 40
+--jpeg: prepare --images-dir in --scale 2 --output-path new/x/a.h5 --jpeg 40 20
+--width: test --export new/x/a.onnx --width 90
+--height: test --export new/x/a.onnx --height 90
+--width: test in/a.png --outscale 2 --width 90
+--width: test in/a.png --eval --width 90
+--scale 2: test in/a.png --scale 2 --width 90 --output new/x/
 no such folder: test --image-file in --eval --results none
+no such folder: test --image-file in --eval --results more none
 no such folder: test --image-file in --eval --lr-dir none
+no such folder: test in lr --eval --scale 2 --lr-dir lr none
 no such folder: prepare --images-dir in --lr-dir none --scale 3 --output-path new/x/a.h5
+no.h5: train --train-file train.h5 --eval-file eval.h5 no.h5 --outputs-dir new
+train.h5: train --train-file train.h5 --eval-file eval.h5 train.h5 --outputs-dir new
 in/a.png: test --image-file in --eval --lr-dir more
 in/a.png: test --image-file in --eval --results more
 in/a.png: prepare --images-dir in --lr-dir more --scale 3 --output-path new/x/a.h5
 is a folder: test --image-file in --eval --csv new/
+is a folder: test in/a.png --report new/
 is a folder: test --export new/
 is a folder: prepare --images-dir in --scale 3 --output-path new/
 in/a.png/: test --image-file in more --eval --save-images in/a.png
 in/a.png/: test --image-file in more --output in/a.png/
 in/a.png/: train --train-file train.h5 --outputs-dir in/a.png
 empty: test --image-file ''
+empty: test ''
+empty: test in/a.png --report ''
+empty: test in/a.png --ext ''
 empty: test --image-file in/a.png --eval --lr-dir ''
 empty: test --image-file in/a.png --eval --results ''
 eval.h5: test --image-file eval.h5 --eval --scale 3 --results in
@@ -396,6 +431,7 @@ eval.h5: test --image-file eval.h5 --eval --scale 3 --results in
 --output-path: prepare --synthetic 1 --scale 2 --output-path ''
 --train-file: train --train-file ''
 no*.x: test --image-file no*.x
+no*.x: test no*.x
 no*.x: train --train-file no*.x
 no*.x: prepare --scale 2 --output-path a.h5 --images-dir no*.x
 """
@@ -406,14 +442,16 @@ ABSURD = """\
 test --weights-file w.pth --image-file long.png
 scale 999999, outscale 1e300, outscale nan, back-projection -1
 back-projection 999999, output new/x/a.jpg, output new/x/a.webp, device cuda, device cuda:99
-range 1 0, range nan 1, max-pixels 0
+range 1 0, range nan 1, max-pixels 0, width 0, width nan, height -1, height 2.5, ext webp
+tile-edges mirror, scale 2.5, jpeg 0, jpeg 101, network photos
 prepare --synthetic 1 --scale 2 --output-path new/x/a.h5
 scale 999999, patch-size 999999, patch-size 500, stride 999999, stride 0, synthetic 9999999999
 shrink nan, shrink 2, seed 100, range nan 1, range 0 1e-40, hold-out 0.5, hold-out nan
+jpeg 0 50, jpeg 20 101, jpeg 50 20, jpeg nan 50
 TRAIN
 scale 999999, filters 9999999999 9999999999, filters 99999999999999999999 4, warmup nan
 seed 9999999999999, minutes inf, ema nan, batch-size 0, device cuda, device meta, lr -1
-lr nan, last-layer-lr -1, bf16 nan, save-every -1, steps 0
+lr nan, last-layer-lr -1, bf16 nan, save-every -1, steps 0, eval-every 0, eval-every 0.5
 """
 
 
@@ -431,7 +469,7 @@ def cases() -> list[tuple[str, str]]:
             command = line
             continue
         for flag in line.split(", "):
-            word = flag.split()[1 if flag.startswith("output") else 0]
+            word = flag.split()[1 if flag.startswith(("output", "ext")) else 0]
             found.append((word, f"{command} --{flag}"))
     return found
 
@@ -442,9 +480,11 @@ def world(tmp_path_factory, weights, h5_files) -> Path:
     world = tmp_path_factory.mktemp("world")
     for path, name in zip((weights, *h5_files), ("w.pth", "train.h5", "eval.h5")):
         shutil.copy(path, world / name)
-    for name in "in", "more", "spoilt", "nan":
+    for name in "in", "more", "spoilt", "nan", "lr":
         (world / name).mkdir()
     Image.fromarray(noise(40, 36, 3).astype(np.uint8)).save(world / "in/a.png")
+    Image.fromarray(noise(20, 18, 3).astype(np.uint8)).save(world / "lr/a.png")
+    torch.save(SRCNN(4, (4, 4), (3, 1, 3)).state_dict(), world / "four.pth")
     shutil.copy(world / "in/a.png", world / "more/b.png")
     (world / "spoilt/bad.png").write_bytes((world / "in/a.png").read_bytes()[:200])
     (world / "link.png").symlink_to("in/a.png")
@@ -483,16 +523,29 @@ def test_a_refused_command_is_one_line_and_changes_nothing(do, world, monkeypatc
     assert snapshot() == before
 
 
+@pytest.mark.parametrize("flags", ["--lr-dir lr", "--results lr"])
+def test_no_file_in_a_folder_of_pairs_or_results_is_overwritten(do, flags):
+    Path("lr").mkdir()
+    for name in "a.png", "b.png":  # b.png belongs to no image
+        Image.fromarray(noise(36, 40, 3).astype(np.uint8)).save(f"lr/{name}")
+    before = snapshot()
+    assert refused(do(f"{TEST} in --eval {flags} --csv lr/b.png"), "overwrite lr/b.png")
+    assert snapshot() == before
+
+
 # --- other systems --------------------------------------------------------------------------
 
 
 def test_the_scripts_expand_patterns(do):
     shutil.copy("train.h5", "train2.h5")
     shutil.copytree("in", "in2")
-    assert do(TRAIN + "--train-file train*.h5").out.split()[0] == "128"
+    assert "\npatches     128 of 33 x 33" in do(TRAIN + "--train-file train*.h5").out
     out = do("prepare --scale 3 --eval --output-path o.h5 --images-dir in*").out
     assert out == "o.h5: 2 images for x3\n"
-    assert do(TEST + "in2/?.png --output new/").out.split() == ["new/a_srcnn_x3.png"]
+    assert do(TEST + "in2/?.png --output new/").out.split()[0] == "new/a_srcnn_x3.png"
+    assert (
+        do("test --weights-file small.pth in?/a.png -o out/").out.split()[0] == "out/a_srcnn_x3.png"
+    )
 
 
 # Lines of Python that remove what some systems lack.
@@ -507,7 +560,8 @@ LACKS = {
 
 @pytest.mark.parametrize("lack", LACKS)
 def test_training_needs_nothing_that_other_systems_lack(lack):
-    line = TRAIN + "--stream --num-workers 2" if lack == "fork" else TRAIN
+    # Workers are started again after each evaluation, which takes seconds without fork.
+    line = TRAIN + "--stream --num-workers 2 --eval-every 99" if lack == "fork" else TRAIN
     start = "runpy.run_path(sys.argv[0], {}, '__main__')"
     lines = ["import runpy, sys; sys.argv = sys.argv[1:]", LACKS[lack], start]
     assert run_process("-c", "\n".join(lines), *script(line))[::2] == (0, "")

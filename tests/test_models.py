@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import noise
+from PIL import Image
 from torch import nn
 
 import models
-from models import SRCNN, SelfEnsemble, load_srcnn, restore, shifted_sums
+from models import SRCNN, SelfEnsemble, default_back_projection, load_srcnn, restore, shifted_sums
 from utils import InputError
 
 
@@ -115,18 +116,68 @@ def test_weights_are_interchangeable_with_the_fork(tmp_path):
     assert (ours(x, valid=True) - fork(x)[..., 8:-8, 8:-8]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("key", ["model", "state_dict", "ema", "average"])
+@pytest.mark.parametrize("key", ["model", "state_dict", "ema"])
 def test_weights_inside_a_checkpoint_load_and_the_ema_is_preferred(tmp_path, key):
     model = SRCNN(3, (16, 8, 4), (9, 1, 1, 5))
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     checkpoint = {"epoch": 3, key: state}
-    if key in ("ema", "average"):
+    if key == "ema":
         checkpoint["model"] = SRCNN(3).state_dict()
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     loaded = load_srcnn(tmp_path / "checkpoint.pth")
     x = torch.rand(1, 3, 20, 20)
     assert torch.equal(loaded(x), model(x))
     assert (loaded.num_channels, loaded.halo) == (3, 6)
+
+
+TRAINING_DATA = {
+    "bicubic": ((), {"degradation": "bicubic", "range": [0, 255], "bit_depth": 8}),
+    "jpeg": (
+        ("--jpeg", 30, 60),
+        {"degradation": "jpeg", "jpeg": [30, 60], "range": [0, 255], "bit_depth": 8},
+    ),
+    "pairs": (
+        ("--lr-dir", "LR", "--range", 0, 4095),
+        {"degradation": "pairs", "range": [0, 4095], "bit_depth": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINING_DATA)
+def test_weights_of_a_run_tell_what_they_were_trained_on(call, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    flags, expected = TRAINING_DATA[kind]
+    white, dtype = (4095, np.uint16) if kind == "pairs" else (255, np.uint8)
+    for folder, size in ("HR", 48), ("LR", 24):
+        os.mkdir(folder)
+        values = noise(size, size) * (white / 255)
+        Image.fromarray(values.astype(dtype)).save(f"{folder}/a.png")
+    argv = "--images-dir", "HR", "--output-path", "t.h5", "--scale", 2, "--stride", 15
+    assert call("prepare", *argv, *flags).status == 0
+    argv = "--train-file", "t.h5", "--scale", 2, "--outputs-dir", "out", "--save-every", 1
+    assert call("train", *argv, "--num-epochs", 1).status == 0
+    assert call("train", "--resume", "out/x2/last.pth", "--num-epochs", 2).status == 0
+    expected = expected | {"scale": 2}
+    for name in "best", "last", "epoch_1", "epoch_2":
+        path = f"out/x2/{name}.pth"
+        assert load_srcnn(path).info == expected, name
+        assert default_back_projection(load_srcnn(path)) == (kind == "bicubic"), name
+        state = torch.load(path, weights_only=True)
+        state = state["ema"] if name == "last" else state
+        assert state._metadata["srcnn"] == expected
+        fork = ForkSRCNN()  # other programs ignore what the file tells
+        fork.load_state_dict(state)
+        assert all(torch.equal(weight, state[key]) for key, weight in fork.state_dict().items())
+
+
+def test_weights_that_tell_nothing_count_as_bicubic(tmp_path):
+    torch.save(ForkSRCNN().state_dict(), tmp_path / "fork.pth")
+    torch.save(dict(ForkSRCNN().state_dict()), tmp_path / "dict.pth")
+    for name in "fork.pth", "dict.pth":
+        model = load_srcnn(tmp_path / name)
+        assert model.info == {}
+        assert default_back_projection(model) == 1
+        assert default_back_projection(SelfEnsemble(model)) == 1
 
 
 def state_with(name: str, value: torch.Tensor | None) -> dict:
@@ -153,7 +204,7 @@ def state_with(name: str, value: torch.Tensor | None) -> dict:
 )
 def test_files_without_the_weights_of_srcnn_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="other.pth: not a valid weights file"):
+    with pytest.raises(InputError, match="other.pth: not a valid SRCNN weights file"):
         load_srcnn(tmp_path / "other.pth")
 
 
@@ -164,7 +215,7 @@ def test_weights_with_nan_are_refused(tmp_path):
 
 
 def test_missing_empty_and_truncated_weights_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no such weights file"):
+    with pytest.raises(InputError, match="no such SRCNN weights file"):
         load_srcnn(tmp_path / "missing.pth")
     torch.save(SRCNN().state_dict(), tmp_path / "whole.pth")
     content = (tmp_path / "whole.pth").read_bytes()

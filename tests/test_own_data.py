@@ -3,6 +3,7 @@
 Scores are compared with float64 formulas of this file, not with functions of the scripts.
 """
 
+import io
 from pathlib import Path
 
 import h5py
@@ -52,6 +53,12 @@ def save_network(path: str, num_channels: int) -> str:
     return path
 
 
+def without_metadata(path: str) -> str:
+    """Write weights without what they know about their training; return the path."""
+    torch.save(dict(torch.load(path, weights_only=True)), "plain.pth")
+    return "plain.pth"
+
+
 def grey(i: int = 0, height: int = 49, width: int = 50, white: float = 255, dtype: type = U8):
     """Return a part of a greyscale photograph in 0..white; each `i` gives another part."""
     values = camera()[40 * i :: 2, 120::2][:height, :width] * (white / 255)
@@ -99,6 +106,11 @@ def approx_ssim(sr: np.ndarray, hr: np.ndarray, border: int = 3, **axis: int):
     return pytest.approx(structural_similarity(sr, hr, data_range=255, **window, **axis), abs=1e-5)
 
 
+def plural(number: int, noun: str) -> str:
+    """Return "1 image", "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def luma(rgb: np.ndarray) -> np.ndarray:
     """Return the rounded luma of H x W x 3."""
     return np.floor(16.5 + rgb @ [65.481, 128.553, 24.966] / 255)
@@ -143,7 +155,7 @@ def test_lr_images_of_equal_size_are_used_directly(call, scores, weights, scale)
     assert row["srcnn_psnr"] == approx_psnr(restored(weights, ilr), hr, border)
     assert Image.open(f"a_bicubic_x{scale}.png").size == (50, 49)
     # The ground truth is not cropped, although 50 and 49 do not divide by 3.
-    assert scores(*argv, "--results", "HR")[0]["result_psnr"] == np.inf
+    assert scores(*argv, "--results", "HR")[0]["HR_psnr"] == np.inf
 
 
 MATCHES = [  # an HR image and its LR image or result at scale 3
@@ -182,16 +194,17 @@ NO_MATCHES = [
 def test_images_of_the_same_subfolder_and_name_match(scores, hr, result):
     save(f"HR/{hr}", grey()), save(f"out/{result}", grey())
     save("out/img_other.png", grey(1)), save("out/other/img.png", grey(1))
-    assert (
-        scores("--image-file", "HR", "--results", "out", "--scale", 3)[0]["result_psnr"] == np.inf
-    )
+    row = scores("--image-file", "HR", "--results", "out", "--scale", 3)[0]
+    assert row["out_psnr"] == np.inf
 
 
 @pytest.mark.parametrize(("hr", "result"), NO_MATCHES)
 def test_images_of_other_subfolders_names_or_scales_do_not_match(call, hr, result):
     save(f"HR/{hr}", grey()), save(f"out/{result}", grey())
     argv = "--eval", "--image-file", "HR", "--results", "out", "--scale", 3
-    assert refused(call("test", *argv), f"error: HR/{hr}: --results has no file of its subfolder")
+    assert refused(
+        call("test", *argv), f"error: HR/{hr}: --results out has no file of its subfolder"
+    )
 
 
 @pytest.mark.parametrize("flags", ["images-dir lr-dir", "image-file lr-dir", "image-file results"])
@@ -205,7 +218,8 @@ def test_missing_ambiguous_or_wrong_size_of_a_match_is_one_line(call, flags):
     argv = *name, hr_flag, "HR", lr_flag, "LR", "--scale", 3
     good = grey(0, *[48 if lr_flag == "--results" else 16] * 2)
     save("HR/img.png", grey(0, 48, 48)), save("LR/img_2.png", good)
-    assert refused(call(*argv), f"error: HR/img.png: {lr_flag} has no file")
+    flag = "--results LR" if lr_flag == "--results" else lr_flag
+    assert refused(call(*argv), f"error: HR/img.png: {flag} has no file")
     save("LR/img.png", good), save("LR/x3/img.bmp", good)
     assert refused(call(*argv), "error: HR/img.png: ", "LR/img.png and LR/x3/img.bmp")
     Path("LR/x3/img.bmp").unlink()
@@ -217,6 +231,170 @@ def test_missing_ambiguous_or_wrong_size_of_a_match_is_one_line(call, flags):
     assert output.exists()
     save("LR/img.png", good)
     assert call(*argv)[::2] == (0, "")
+
+
+LAYOUTS = {  # pairs of files, and what --images-dir and --lr-dir name
+    "two folders each, in order": (
+        [("A/1.png", "C/1.png"), ("A/2.png", "C/2.png"), ("B/1.png", "D/1.png")],
+        ["A", "B"],
+        ["C", "D"],
+    ),
+    "two folders each, in another order": (
+        [("A/1.png", "D/1.png"), ("B/1.png", "C/1.png")],
+        ["A", "B"],
+        ["D", "C"],
+    ),
+    "days below one root": (
+        [
+            (f"root/{day}/HR/{i}.png", f"root/{day}/LR/{i}.png")
+            for day in ("day1", "day2")
+            for i in "ab"
+        ],
+        ["root"],
+        ["root"],
+    ),
+    "days below two roots": (
+        [(f"{root}/day/HR/1.png", f"{root}/day/LR/1x3.png") for root in ("r", "s")],
+        ["r", "s"],
+        ["r", "s"],
+    ),
+    "folders of days": (
+        [("day1/HR/1.png", "day1/LR/1.png"), ("day2/HR/1.png", "day2/LR/1.png")],
+        ["day1/HR", "day2/HR"],
+        ["day1/LR", "day2/LR"],
+    ),
+    "HR and LR in one folder": (
+        [(f"set/img_00{i}_SRF_3_HR.png", f"set/img_00{i}_SRF_3_LR.png") for i in (1, 2)],
+        ["set"],
+        ["set"],
+    ),
+    "GT and lr in one folder": ([("set/1_GT.bmp", "set/1_lr.png")], ["set"], ["set"]),
+    "only LR marked in one folder": (
+        [("set/1.png", "set/1_LR.png"), ("set/b/1.png", "set/b/1_LR_x3.png")],
+        ["set"],
+        ["set"],
+    ),
+    "LR in a subfolder": (
+        [("set/1.png", "set/LR/1.png"), ("set/2.png", "set/LR/2.png")],
+        ["set"],
+        ["set"],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_hr_image_is_paired_with_its_lr_image(call, scores, layout):
+    files, hr_folders, lr_folders = LAYOUTS[layout]
+    expected = []
+    for i, (hr_path, lr_path) in enumerate(files):
+        hr, lr = grey(i, 48, 48), noise(16, 16, seed=i).astype(U8)
+        save(hr_path, hr), save(lr_path, lr)
+        expected.append((bicubic(lr, 48, 48), hr))
+    if layout == "HR and LR in one folder":  # the results of other programs lie there, too
+        for method in "bicubic", "glasner", "SRCNN":
+            save(f"set/img_001_SRF_3_{method}.png", grey(9, 48, 48))
+    pairs = "--lr-dir", *lr_folders, "--scale", 3
+    argv = *pairs, "--images-dir", *hr_folders, "--output-path", "a.h5", "--eval"
+    assert call("prepare", *argv) == (0, f"a.h5: {plural(len(files), 'image')} for x3\n", "")
+    with h5py.File("a.h5") as file:
+        for i, (ilr, hr) in enumerate(expected):
+            assert np.allclose(file[f"lr/{i}"], ilr, atol=1e-3), files[i]
+            assert np.array_equal(file[f"hr/{i}"], hr), files[i]
+    rows = scores("--image-file", *hr_folders, *pairs)
+    for row, (ilr, hr) in zip(rows, expected, strict=True):
+        assert row["bicubic_psnr"] == approx_psnr(ilr, hr)
+
+
+@pytest.mark.parametrize(
+    "names", [("1.png", "1.bmp"), ("1_HR.png", "1.png"), ("HR/1.png", "1.png")]
+)
+def test_two_hr_images_with_one_lr_image_are_refused(call, names):
+    for i, name in enumerate((*names, "2.png")):
+        save(f"in/{name}", grey(i, 48, 48))
+    save("LR/1.png", grey(3, 16, 16)), save("LR/2.png", grey(4, 16, 16))
+    commands = [
+        ("prepare", "--output-path", "a.h5", "--eval", "--images-dir", "in"),
+        ("test", "--eval", "--csv", "a.csv", "--image-file", "in", "--back-projection", 0),
+    ]
+    for command in commands:
+        result = call(*command, "--lr-dir", "LR", "--scale", 3)
+        lines = result.err.splitlines()
+        assert (result.status, len(lines)) == (2, 2), result
+        for name, line in zip(sorted(f"in/{name}" for name in names), lines, strict=True):
+            assert f"error: {name}: " in line and "LR/1.png" in line
+            assert "LR/1.png and LR/1.png" not in line  # one file is not ambiguous
+    with h5py.File("a.h5") as file:  # of the third image
+        assert np.array_equal(file["hr/0"], grey(2, 48, 48)) and len(file["hr"]) == 1
+    assert len(Path("a.csv").read_text().splitlines()) == 2
+
+
+def test_linked_folders_of_pairs_are_followed(call):
+    for i in range(2):
+        save(f"disk/high/{i}.png", grey(i, 48, 48)), save(f"disk/low/{i}.png", grey(i, 16, 16))
+    Path("HR").mkdir(), Path("LR").mkdir()
+    Path("HR/day1").symlink_to("../disk/high"), Path("LR/day1").symlink_to("../disk/low")
+    Path("HR/day1/loop").symlink_to(".")
+    argv = "--images-dir", "HR", "--lr-dir", "LR", "--output-path", "a.h5", "--eval", "--scale", 3
+    assert call("prepare", *argv) == (0, "a.h5: 2 images for x3\n", "")
+
+
+def train_on_pairs(call, *argv: object, steps: int = 40) -> str:
+    """Train a small network on what prepare.py makes of these flags; return its weights."""
+    assert call("prepare", *argv, "--output-path", "t.h5", "--stride", 7, "--scale", 3).status == 0
+    assert call("train", "--train-file", "t.h5", *SMALL, "--steps", steps).status == 0
+    return "x3/best.pth"
+
+
+def save_noisy_pairs() -> None:
+    """Write HR/0.png, ... and LR images with noise, three times smaller."""
+    for i in range(4):
+        hr = grey(i, 48, 48)
+        lr = bicubic(hr, 16, 16) + 40 * (noise(16, 16, seed=i) / 255 - 0.5)
+        save(f"HR/{i}.png", hr), save(f"LR/{i}.png", np.clip(lr.round(), 0, 255).astype(U8))
+
+
+def test_networks_trained_on_pairs_run_without_back_projection(call, scores):
+    save_noisy_pairs()
+    pairs = "--lr-dir", "LR"
+    best = "--weights-file", train_on_pairs(call, "--images-dir", "HR", *pairs)
+    images = {}
+    for steps in None, 0, 1:
+        argv = "LR/0.png", *best, "--output", f"{steps}.png"
+        result = call("test", *argv, *(() if steps is None else ("--back-projection", steps)))
+        assert f"  best.pth x3, back-projection {steps or 0}  " in result.out
+        images[steps] = np.asarray(Image.open(f"{steps}.png"))
+    assert np.array_equal(images[None], images[0])
+    assert not np.array_equal(images[None], images[1])
+    rows = scores("--image-file", "HR", *pairs, "--scale", 3, *best)
+    assert "upscaled_psnr" not in rows.dtype.names and "srcnn_psnr" in rows.dtype.names
+    rows = scores("--image-file", "HR", *pairs, "--scale", 3, *best, "--back-projection", 1)
+    assert (rows["upscaled_psnr"] != rows["srcnn_psnr"]).all()
+
+
+def test_networks_trained_on_bicubic_run_with_back_projection(call):
+    for i in range(4):
+        save(f"in/{i}.png", grey(i))
+    best = train_on_pairs(call, "--images-dir", "in")
+    result = call("test", "in/0.png", "--weights-file", best)
+    assert "  best.pth x3, back-projection 1  " in result.out
+
+
+def test_evaluation_warns_where_back_projection_lowers_the_score(call, scores):
+    save_noisy_pairs()
+    best = train_on_pairs(call, "--images-dir", "HR", "--lr-dir", "LR", steps=300)
+    argv = "--weights-file", without_metadata(best), "--image-file", "HR", "--scale", 3
+    pairs = *argv, "--lr-dir", "LR"
+    result = call("test", "--eval", *pairs)
+    assert result.status == 0 and result.err.count("\n") == 1
+    rows = scores(*pairs)
+    loss = np.mean(rows["srcnn_psnr"]) - np.mean(rows["upscaled_psnr"])
+    assert loss > 0.1
+    assert f"lowers the PSNR by {loss:.2f} dB" in result.err
+    assert "--back-projection 0" in result.err
+    assert call("test", "--eval", *pairs, "--back-projection", 0)[::2] == (0, "")
+    assert call("test", "--eval", *argv)[::2] == (0, "")  # it raises that of bicubic's LR images
+    rows = scores(*argv)
+    assert np.mean(rows["upscaled_psnr"]) > np.mean(rows["srcnn_psnr"])
 
 
 # --- value ranges ---------------------------------------------------------------------------
@@ -236,7 +414,7 @@ def test_images_with_a_range_are_trained_on_scored_and_upscaled(call, scores, su
         pairs = [[file[f"{k}/{i}"][:] * (white / 255) for k in ("lr", "hr")] for i in (0, 1)]
     outputs = [(restored(best, ilr, white), hr) for ilr, hr in pairs]
     expected = [approx_psnr(sr, hr, 3, white, integer).expected for sr, hr in outputs]
-    reached = np.genfromtxt("x3/history.csv", delimiter=",", skip_header=1)[..., 2].max()
+    reached = np.genfromtxt("x3/history.csv", delimiter=",", names=True)["psnr"].max()
     assert reached == pytest.approx(np.mean(expected), abs=2e-3)
     rows = scores("--image-file", "in", *value_range, "--weights-file", best)
     for path, row in zip(paths, rows, strict=True):
@@ -297,6 +475,59 @@ def test_range_of_16_bit_colour_is_refused(call):
     assert not Path("a.h5").exists()
 
 
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether two tables have equal scores."""
+    columns = list(a.dtype.names[1:])
+    return a.dtype.names == b.dtype.names and np.array_equal(a[columns], b[columns])
+
+
+def test_the_range_of_the_weights_is_that_of_images_of_their_bit_depth(call, scores):
+    for i in range(4):
+        save(f"in/{i}.png", grey(i, 49, 50, 4095, U16)), save(f"small/{i}.png", grey(i))
+    best = train_on_pairs(call, "--images-dir", "in", "--range", 0, 4095)
+    trained, other = ("--weights-file", best), ("--weights-file", without_metadata(best))
+    explicit = "--range", 0, 4095
+    argv = "--image-file", "in", "--scale", 3
+    result = call("test", "--eval", *argv, *trained)
+    assert result[::2] == (0, "")  # no line suggests a range
+    rows = scores(*argv, *trained)
+    assert same(rows, scores(*argv, *other, *explicit))
+    whole = scores(*argv, *trained, "--range", 0, 65535)  # the flag overrides
+    assert same(whole, scores(*argv, *other))
+    assert (whole["bicubic_psnr"] > rows["bicubic_psnr"] + 20).all()
+    argv = "--image-file", "small", "--scale", 3
+    assert same(scores(*argv, *trained), scores(*argv, *other))
+    for name, flags in ("in", explicit), ("small", ()):
+        assert call("test", f"{name}/0.png", *trained, "--output", "a.png")[::2] == (0, "")
+        assert call("test", f"{name}/0.png", *other, *flags, "--output", "b.png").status == 0
+        assert Image.open("a.png").size == (150, 147)
+        assert np.array_equal(Image.open("a.png"), Image.open("b.png")), name
+
+
+def test_the_range_of_the_weights_is_that_of_pairs_and_results(call, scores):
+    for i in range(3):
+        hr = grey(i, 48, 48, 4095, U16)
+        lr = np.clip(bicubic(hr, 16, 16).round(), 0, 4095).astype(U16)
+        ours = np.where(hr > 2000, hr - U16(1), hr + U16(1))
+        save(f"HR/{i}.png", hr), save(f"LR/{i}.png", lr), save(f"ours/{i}.png", ours)
+    argv = "--images-dir", "HR", "--lr-dir", "LR", "--range", 0, 4095
+    weights = "--weights-file", train_on_pairs(call, *argv)
+    argv = "--image-file", "HR", "--lr-dir", "LR", "--results", "ours", "--scale", 3, *weights
+    rows = scores(*argv)
+    assert same(rows, scores(*argv, "--range", 0, 4095))
+    assert rows[0]["ours_psnr"] == pytest.approx(20 * np.log10(4095), abs=1e-3)
+
+
+def test_the_range_of_16_bit_weights_does_not_hold_for_floating_point(call):
+    for i in range(3):
+        save(f"in/{i}.png", grey(i, 49, 50, 4095, U16))
+    best = train_on_pairs(call, "--images-dir", "in", "--range", 0, 4095)
+    save("a.tif", grey(0, 49, 50, 1, F32))
+    argv = "test", "--eval", "a.tif", "--scale", 3, "--weights-file", best
+    assert refused(call(*argv), "a.tif", "--range LOW HIGH")
+    assert call(*argv, "--range", 0, 1).status == 0
+
+
 # --- hold-out -------------------------------------------------------------------------------
 
 
@@ -322,14 +553,56 @@ def test_held_out_images_are_not_trained_on(call):
 
 
 def test_training_without_evaluation_file_saves_the_ema(call, h5_files):
-    assert "--eval-file" in call("train", "--train-file", h5_files[0], *SMALL, "--steps", 20).out
+    out = call("train", "--train-file", h5_files[0], *SMALL, "--steps", 20).out
+    assert "best.pth will have the last weights" in out
     assert call("train", "--outputs-dir", ".", "--resume", "--steps", 40).status == 0
-    rows = Path("x3/history.csv").read_text().splitlines()[1:]
-    assert {row.split(",")[2] for row in rows} == {""} and len(rows) > 1
+    rows = np.genfromtxt("x3/history.csv", delimiter=",", names=True)
+    assert np.isnan(rows["psnr"]).all() and len(rows) > 1
     best, last = (torch.load(f"x3/{name}.pth", weights_only=True) for name in ("best", "last"))
     for name, value in best.items():
         assert torch.equal(value, last["ema"][name])
         assert not torch.equal(value, last["model"][name])
+
+
+def image_names(call, *argv: object) -> list[str]:
+    """Return the names of the images in the table of test.py --eval, and check those of --csv."""
+    result = call("test", "--eval", "--csv", "names.csv", *argv)
+    assert result.status == 0, result.err
+    header, *rows = Path("names.csv").read_text().splitlines()
+    names = [row.split(",")[0] for row in rows]
+    assert header.split(",")[0] == "image"
+    printed = result.out.splitlines()[1:-1]
+    assert [line.split("  ")[0] for line in printed] == names
+    return names
+
+
+def test_scores_of_an_evaluation_file_show_the_names_of_its_images(call, weights):
+    for name in "day1/img_07.png", "day2/img_07.png", "day2/b/img_08.v2.png":
+        save(f"in/{name}", grey())
+    argv = "--output-path", "a.h5", "--scale", 3, "--eval", "--images-dir"
+    test = "a.h5", "--scale", 3, "--weights-file", weights
+    assert call("prepare", *argv, "in").status == 0
+    names = ["day1/img_07", "day2/b/img_08.v2", "day2/img_07"]
+    assert sorted(image_names(call, *test)) == names
+    assert call("prepare", *argv, "in/day1", "in/day2").status == 0
+    assert sorted(image_names(call, *test)) == names
+    assert call("prepare", *argv, "in/day1").status == 0
+    assert image_names(call, *test) == ["img_07"]
+    with h5py.File("fork.h5", "w") as file:  # yjn870's files have no names
+        for i in range(2):
+            file[f"lr/{i}"] = file[f"hr/{i}"] = grey(i).astype(F32)
+    assert image_names(call, "fork.h5", *test[1:]) == ["fork.h5/0", "fork.h5/1"]
+
+
+def test_the_names_of_held_out_images_are_printed_and_stored(call, weights):
+    for i in range(10):
+        save(f"in/day{i % 2}/{i}.png", grey(i % 5))
+    argv = "--images-dir", "in", "--output-path", "t.h5", "--scale", 3, "--hold-out", 0.3
+    result = call("prepare", *argv)
+    (line,) = [line for line in result.out.splitlines() if line.startswith("held out: ")]
+    names = line.removeprefix("held out: ").split(", ")
+    assert len(names) == 3 and set(names) <= {f"day{i % 2}/{i}" for i in range(10)}
+    assert image_names(call, "t_eval.h5", "--scale", 3, "--weights-file", weights) == names
 
 
 # --- channels -------------------------------------------------------------------------------
@@ -391,16 +664,19 @@ def test_four_channels_are_trained_on_and_scored(call, scores, weights):
 
 
 @pytest.mark.parametrize("suffix", ["", "_x3", "_SRF_3_srcnn"])
-def test_results_of_another_program_are_scored_on_luma(scores, photo, suffix):
+def test_results_of_another_program_are_scored_on_luma(scores, photo, weights, suffix):
     result = np.roll(photo[:, :87], 1, 0)
     save(f"out/baby{suffix}.bmp", result), save("out/baby2.bmp", photo)
     path = save("baby.png", photo[:, :89])  # cropped to 87 columns, a multiple of 3
     row = scores("--image-file", path, "--results", "out", "--scale", 3)[0]
     hr, sr = luma(photo[:, :87]), luma(result)
-    assert row.dtype.names[2:] == ("bicubic_psnr", "bicubic_ssim", "result_psnr", "result_ssim")
+    methods = "bicubic", "srcnn", "upscaled", "out"
+    columns = tuple(f"{method}_{score}" for method in methods for score in ("psnr", "ssim"))
+    assert row.dtype.names[2:] == columns
     assert row["bicubic_psnr"] == approx_psnr(degraded(hr), hr)
-    assert row["result_psnr"] == approx_psnr(sr, hr)
-    assert row["result_ssim"] == approx_ssim(sr, hr)
+    assert row["srcnn_psnr"] == approx_psnr(restored(weights, degraded(hr)), hr)
+    assert row["out_psnr"] == approx_psnr(sr, hr)
+    assert row["out_ssim"] == approx_ssim(sr, hr)
 
 
 DEEP = grey(0, 48, 48, 60000, U16)
@@ -415,7 +691,148 @@ RESULTS = [
 def test_result_close_to_the_ground_truth_has_a_high_score(scores, hr, result, white, psnr):
     argv = "--image-file", save("a.png", hr), "--results", "out", "--range", 0, white
     save("out/a.png", result)
-    assert scores(*argv)[0]["result_psnr"] == pytest.approx(psnr, abs=1e-3)
+    assert scores(*argv)[0]["out_psnr"] == pytest.approx(psnr, abs=1e-3)
+
+
+def save_methods(shift: int = 1) -> tuple[list, list]:
+    """Write HR, A and B: two images and the results of two methods; return HR and LR images."""
+    hr = [grey(i, 48, 48) for i in range(2)]
+    for i, values in enumerate(hr):
+        save(f"HR/{i}.png", values)
+        save(f"out/A/{i}_SRF_3_A.png", np.roll(values, shift, 0))
+        save(f"out/A/{i}.png", np.roll(values, shift, 0))
+        save(f"out/B/{i}_x3.bmp", np.roll(values, shift, 1))
+        save(f"LR/{i}.png", noise(16, 16, seed=i).astype(U8))
+    return hr, [noise(16, 16, seed=i).astype(U8) for i in range(2)]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_several_methods_are_scored_in_one_table(call, scores, weights, pairs):
+    hr, lr = save_methods()
+    argv = "--image-file", "HR", "--results", "out/A", "out/B", "--scale", 3
+    argv = (*argv, "--lr-dir", "LR") if pairs else argv
+    rows = scores(*argv, "--back-projection", 0)
+    methods = "bicubic", "srcnn", "A", "B"
+    columns = tuple(f"{method}_{score}" for method in methods for score in ("psnr", "ssim"))
+    assert rows.dtype.names == ("image", "scale", *columns)
+    for row, truth, small in zip(rows, hr, lr, strict=True):
+        ilr = bicubic(small, 48, 48) if pairs else degraded(truth)
+        images = [ilr, restored(weights, ilr), np.roll(truth, 1, 0), np.roll(truth, 1, 1)]
+        for method, image in zip(methods, images, strict=True):
+            assert row[f"{method}_psnr"] == approx_psnr(image, truth)
+            assert row[f"{method}_ssim"] == approx_ssim(image, truth)
+    out = call("test", "--eval", *argv, "--weights-file", weights, "--back-projection", 0).out
+    header, *_, mean = out.splitlines()
+    assert " ".join(header.split()) == "x3 bicubic dB SSIM srcnn dB SSIM A dB SSIM B dB SSIM"
+    expected = [np.mean(rows[name]) for name in columns]
+    assert np.allclose([float(cell) for cell in mean.split()[1:]], expected, atol=0.006)
+
+
+def test_a_missing_result_of_one_method_is_one_line_and_the_other_rows_are_written(call, weights):
+    save_methods()
+    Path("out/B/1_x3.bmp").unlink()
+    argv = "--eval", "--image-file", "HR", "--results", "out/A", "out/B", "--scale", 3
+    result = call("test", *argv, "--weights-file", weights, "--csv", "a.csv")
+    assert refused(result, "error: HR/1.png: --results out/B has no file")
+    assert [row.split(",")[0] for row in Path("a.csv").read_text().splitlines()] == [
+        "image",
+        "0.png",
+    ]
+
+
+@pytest.mark.parametrize("folders", [("out/A", "other/A"), ("out/srcnn",), ("out/bicubic",)])
+def test_no_method_takes_the_column_of_another(call, scores, weights, folders):
+    hr, _ = save_methods()
+    for folder in folders:
+        for i, values in enumerate(hr):
+            save(f"{folder}/{i}.png", np.roll(values, 2 + len(folder), 0))
+    argv = "--image-file", "HR", "--scale", 3, "--results", *folders
+    result = call("test", "--eval", *argv, "--weights-file", weights)
+    if result.status == 2:
+        assert refused(result, "--results")
+        return
+    row, ilr = scores(*argv)[0], degraded(hr[0])
+    assert row["bicubic_psnr"] == approx_psnr(ilr, hr[0])
+    assert row["srcnn_psnr"] == approx_psnr(restored(weights, ilr), hr[0])
+    assert len(row.dtype.names) == 2 + 2 * (3 + len(folders))
+
+
+def test_a_comparison_shows_the_results_of_all_methods(call, scores):
+    hr, _ = save_methods()
+    scores("--image-file", "HR", "--results", "out/A", "out/B", "--scale", 3, "--save-images", "s")
+    strip = np.asarray(Image.open("s/0_comparison_x3.png"))
+    assert strip.shape == (16 + 2 * 48, 5 * 48, 3)
+    images = np.split(strip[16:64, ..., 0], 5, axis=1)
+    assert np.array_equal(images[0], hr[0])
+    assert np.array_equal(images[1], np.asarray(Image.open("s/0_bicubic_x3.png"))[..., 0])
+    assert np.array_equal(images[2], np.asarray(Image.open("s/0_srcnn_x3.png"))[..., 0])
+    assert np.array_equal(images[3], np.roll(hr[0], 1, 0))
+    assert np.array_equal(images[4], np.roll(hr[0], 1, 1))
+
+
+# --- LR images that were saved as JPEG ------------------------------------------------------
+
+
+def jpeg(values: np.ndarray, quality: int) -> np.ndarray:
+    """Encode H x W or H x W x 3 by Pillow's default JPEG (4:2:0) and decode."""
+    encoded = io.BytesIO()
+    Image.fromarray(values).save(encoded, "JPEG", quality=quality)
+    return np.asarray(Image.open(encoded))
+
+
+@pytest.mark.parametrize("quality", [1, 20, 75, 98, 100])
+@pytest.mark.parametrize("kind", ["luma of RGB", "greyscale", "RGB", "RGBA"])
+def test_jpeg_scores_equal_those_of_a_float64_formula_and_pillow(
+    scores, photo, weights, quality, kind
+):
+    values = photo[:50, :49]  # cropped to 48 x 48
+    if kind == "greyscale":
+        values = values[..., 1].copy()
+    elif kind == "RGBA":
+        values = np.dstack([values, np.full((50, 49), 200, U8)])
+    network = save_network("rgb.pth", 3) if kind == "RGB" else weights
+    argv = "--image-file", save("a.png", values), "--scale", 3, "--weights-file", network
+    row = scores(*argv, "--jpeg", quality)[0]
+    planes = np.atleast_3d(values)[:48, :48, :3].transpose(2, 0, 1)
+    lr = np.clip(np.floor(bicubic(planes, 16, 16) + 0.5), 0, 255).astype(U8)
+    decoded = jpeg(lr.transpose(1, 2, 0).squeeze(), quality)
+    if kind == "RGB":
+        ilr, hr = bicubic(decoded.transpose(2, 0, 1), 48, 48), planes
+        for method, sr in ("bicubic", ilr), ("srcnn", restored(network, ilr)):
+            assert row[f"{method}_rgb_psnr"] == approx_psnr(sr, hr)
+            rounded = np.clip(np.floor(sr + 0.5), 0, 255).transpose(1, 2, 0)
+            assert row[f"{method}_psnr"] == approx_psnr(luma(rounded), luma(hr.transpose(1, 2, 0)))
+        return
+    if kind == "greyscale":
+        hr, lr = planes[0], decoded
+    else:
+        hr, lr = luma(planes.transpose(1, 2, 0)), luma(decoded)
+    ilr = bicubic(lr, 48, 48)
+    for method, sr in ("bicubic", ilr), ("srcnn", restored(weights, ilr)):
+        assert row[f"{method}_psnr"] == approx_psnr(sr, hr)
+        assert row[f"{method}_ssim"] == approx_ssim(sr, hr)
+
+
+def test_jpeg_lowers_the_scores_and_names_no_other_network(call, scores, photo):
+    path = save("a.png", photo)
+    psnr = [scores("--image-file", path, "--jpeg", q)[0]["bicubic_psnr"] for q in (5, 30, 95)]
+    assert psnr[0] < psnr[1] < psnr[2] < scores("--image-file", path)[0]["bicubic_psnr"]
+
+
+@pytest.mark.parametrize("quality", [0, 101, 2.5, "low"])
+def test_a_jpeg_quality_out_of_range_is_refused(call, quality):
+    argv = "test", "--eval", save("a.png", grey()), "--jpeg", quality
+    assert refused(call(*argv), "--jpeg")
+
+
+def test_networks_trained_on_jpeg_images_run_without_back_projection(call, scores):
+    for i in range(4):
+        save(f"in/{i}.png", grey(i))
+    best = train_on_pairs(call, "--images-dir", "in", "--jpeg", 20, 60)
+    argv = "--weights-file", best, "--scale", 3
+    assert "  best.pth x3, back-projection 0  " in call("test", "in/0.png", *argv).out
+    row = scores("--image-file", "in/0.png", "--jpeg", 40, *argv)[0]
+    assert "upscaled_psnr" not in row.dtype.names
 
 
 # --- scale ----------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ import hashlib
 import io
 import threading
 import zipfile
+from collections.abc import Callable
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from conftest import DATA, needs_data, noise, refused, tree
+from conftest import DATA, needs_data, noise, refused, resizing_matrix, tree
 from PIL import Image
 
 import prepare
@@ -58,12 +59,15 @@ def test_training_file_has_the_layout_of_the_forks(call, images, tmp_path):
         assert np.array_equal(file["lr"][1], ilr[:33, 14:47])
         assert not np.array_equal(file["lr"], quantize(np.asarray(file["lr"])))
         assert file["lr"].maxshape[0] is None
-        attributes = dict(file.attrs)
+        attributes = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
     assert attributes == {
         "scale": 3,
         "patch_size": 33,
         "stride": 14,
         "degradation": "bicubic",
+        "range": [0, 255],
+        "bit_depth": 8,
+        "rounding": 1,
         "version": 1,
     }
 
@@ -148,6 +152,216 @@ def test_bad_input_is_one_line_and_changes_nothing(call, images, tmp_path):
     assert tiny.status == 2
     assert tiny.err.splitlines()[-1].startswith("prepare.py: error: --patch-size, --scale: ")
     assert tree(tmp_path) == before
+
+
+def test_names_of_held_out_images_are_printed_and_stored(call, tmp_path, weights):
+    for i, folder in enumerate(("a/day1", "a/day2", "b/day1", "b/day2")):
+        (tmp_path / folder).mkdir(parents=True)
+        for j in range(3):
+            values = noise(40, 40, seed=10 * i + j).astype(np.uint8)
+            Image.fromarray(values).save(tmp_path / folder / f"img_{j}.v1.png")
+    out, folders = tmp_path / "t.h5", (tmp_path / "a", tmp_path / "b")
+    argv = "--images-dir", *folders, "--output-path", out, "--scale", 2, "--hold-out", 0.4
+    lines = call("prepare", *argv).out.splitlines()
+    with h5py.File(tmp_path / "t_eval.h5") as file:
+        names = [file["hr"][str(i)].attrs["name"] for i in range(len(file["hr"]))]
+        images = [np.asarray(file["hr"][str(i)]) for i in range(len(names))]
+        assert [dataset.attrs["name"] for dataset in file["lr"].values()] == names
+        assert not any(dataset.attrs["greyscale"] != 1 for dataset in file["hr"].values())
+    assert len(names) == len(set(names)) == 5
+    assert f"held out: {', '.join(names)}" in lines
+    for name, image in zip(names, images):  # relative to the folder above both
+        assert np.array_equal(Image.open(tmp_path / f"{name}.png"), image)
+    argv = "--eval", tmp_path / "t_eval.h5", "--scale", 2, "--weights-file", weights
+    table = call("test", *argv).out.splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == names
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_evaluation_file_stores_which_images_are_greyscale(call, images, tmp_path, num_channels):
+    argv = "--images-dir", images, "--output-path", tmp_path / "e.h5", "--eval", "--scale", 2
+    assert call("prepare", *argv, "--num-channels", num_channels).status == 0
+    with h5py.File(tmp_path / "e.h5") as file:
+        attrs = [file["hr"][str(i)].attrs for i in range(3)]
+        assert [a["name"] for a in attrs] == ["colour", "grey", "tiny"]
+        assert [bool(a["greyscale"]) for a in attrs] == [False, True, True]
+
+
+def test_range_and_bit_depth_are_stored(call, tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(2):
+        values = (noise(40, 40, seed=i) * (4095 / 255)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "in" / f"{i}.png")
+    argv = "--images-dir", tmp_path / "in", "--output-path", tmp_path / "t.h5", "--scale", 2
+    for flags, expected in ((), [0, 65535]), (("--range", 0, 4095), [0, 4095]):
+        result = call("prepare", *argv, *flags, "--hold-out", 0.5)
+        assert result.status == 0
+        assert ("--range 0 4095" in result.err) == (not flags)  # once for both images
+        assert result.err.count("\n") == (not flags)
+        for name in "t.h5", "t_eval.h5":
+            with h5py.File(tmp_path / name) as file:
+                assert file.attrs["range"].tolist() == expected
+                assert file.attrs["bit_depth"] == 16
+                assert file.attrs["rounding"] == pytest.approx(255 / expected[1])
+
+
+def test_images_of_different_bit_depths_are_refused(call, images, tmp_path):
+    deep = (noise(40, 40) * 257).astype(np.uint16)
+    Image.fromarray(deep).save(images / "deep.png")
+    argv = "--images-dir", images, "--output-path", tmp_path / "t.h5", "--scale", 2
+    for flags in (), ("--eval",):
+        result = call("prepare", *argv, *flags)
+        assert refused(result, str(images / "deep.png"), "16", "8")
+        assert not (tmp_path / "t.h5").exists()
+
+
+# --- JPEG -----------------------------------------------------------------------------------
+
+
+def jpeg_pair(hr: np.ndarray, scale: int, quality: int, to_levels: Callable) -> np.ndarray:
+    """Return what the network gets for an HR image, in float64: 8 bits, JPEG, then bicubic.
+
+    Args:
+        hr: H x W or H x W x 3, a multiple of the scale.
+        to_levels: what makes the levels of H x W (x 3) values, as H x W or 3 x H x W.
+    """
+    height, width = hr.shape[:2]
+    down = [resizing_matrix(side, side // scale) for side in (height, width)]
+    planes = np.atleast_3d(hr).transpose(2, 0, 1)
+    lr = np.clip(np.floor(down[0] @ planes @ down[1].T + 0.5), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(lr.transpose(1, 2, 0).squeeze()).save(buffer, "JPEG", quality=quality)
+    levels = to_levels(np.asarray(Image.open(buffer), np.float64))
+    up = [resizing_matrix(side // scale, side) for side in (height, width)]
+    return up[0] @ levels @ up[1].T
+
+
+def luma_levels(values: np.ndarray) -> np.ndarray:
+    """Return the rounded luma of H x W x 3; greyscale is its own luma."""
+    if values.ndim == 2:
+        return values
+    return np.floor(16 + values @ [65.481, 128.553, 24.966] / 255 + 0.5)
+
+
+def rgb_levels(values: np.ndarray) -> np.ndarray:
+    """Return 3 x H x W of H x W x 3 or of H x W."""
+    return values.transpose(2, 0, 1) if values.ndim == 3 else np.stack([values] * 3)
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("quality", [10, 75, 100])
+def test_lr_images_are_those_of_pillows_jpeg(call, photo, tmp_path, num_channels, quality):
+    (tmp_path / "in").mkdir()
+    sources = {"colour": photo[:100], "grey": photo[:50, :, 1]}
+    for name, values in sources.items():
+        Image.fromarray(values).save(tmp_path / "in" / f"{name}.png")
+    argv = ["--images-dir", tmp_path / "in", "--scale", 3, "--num-channels", num_channels]
+    argv += ["--jpeg", quality, quality, "--output-path"]
+    assert call("prepare", *argv, tmp_path / "e.h5", "--eval")[::2] == (0, "")
+    assert call("prepare", *argv, tmp_path / "t.h5", "--stride", 99)[::2] == (0, "")
+    to_levels = luma_levels if num_channels == 1 else rgb_levels
+    with h5py.File(tmp_path / "e.h5") as file, h5py.File(tmp_path / "t.h5") as patches:
+        for i, values in enumerate(sources.values()):
+            hr = values[: len(values) // 3 * 3]
+            expected = jpeg_pair(hr, 3, quality, to_levels)
+            assert np.array_equal(file[f"hr/{i}"], to_levels(hr.astype(np.float64)))
+            assert np.abs(file[f"lr/{i}"] - expected).max() < 1e-3
+            assert np.array_equal(patches["lr"][i], file[f"lr/{i}"][..., :33, :33])
+        for attributes in file.attrs, patches.attrs:
+            assert attributes["degradation"] == "jpeg"
+            assert attributes["jpeg"].tolist() == [quality, quality]
+
+
+@pytest.fixture
+def qualities(call, photo, tmp_path) -> Callable[..., list[int]]:
+    """Run prepare.py --jpeg 20 45 on photographs; return the quality of each pair in a file."""
+    (tmp_path / "in").mkdir()
+    image = Image.fromarray(photo[:72, :72])
+    for i in range(4):
+        image.save(tmp_path / "in" / f"{i}.png")
+    candidates: dict[int, dict[int, np.ndarray]] = {}
+
+    def nearest(ilr: np.ndarray) -> int:
+        """Return the quality whose result begins with these levels."""
+        side = len(ilr)
+        if side not in candidates:
+            copy = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+            candidates[side] = {
+                quality: jpeg_pair(copy, 3, quality, luma_levels) for quality in range(1, 101)
+            }
+        errors = {q: np.abs(c - ilr).max() for q, c in candidates[side].items()}
+        assert min(errors.values()) < 1e-3
+        return min(errors, key=errors.get)
+
+    def qualities(*flags: object, name: str = "o.h5") -> list[int]:
+        argv = ["--images-dir", tmp_path / "in", "--scale", 3, "--output-path", tmp_path / "o.h5"]
+        assert call("prepare", *argv, "--jpeg", 20, 45, *flags).status == 0
+        with h5py.File(tmp_path / name) as file:
+            return [nearest(np.asarray(file[f"lr/{i}"])) for i in range(len(file["lr"]))]
+
+    return qualities
+
+
+def test_qualities_are_random_in_the_range_and_follow_from_the_seed(qualities):
+    first = qualities("--eval")
+    assert len(first) == 4 and len(set(first)) > 1
+    assert all(20 <= quality <= 45 for quality in first)
+    assert qualities("--eval") == first
+    assert qualities("--eval", "--seed", 1) != first
+
+
+def test_copies_of_an_image_have_their_own_qualities(qualities):
+    values = qualities("--eval", "--shrink", 0.75, 0.5)
+    assert len(values) == 12
+    assert all(20 <= quality <= 45 for quality in values)
+    copies = [set(values[i : i + 3]) for i in range(0, 12, 3)]
+    assert sum(len(c) > 1 for c in copies) >= 3
+
+
+def test_held_out_images_have_jpeg_lr_images(qualities, tmp_path):
+    held_out = qualities("--hold-out", 0.5, name="o_eval.h5")
+    assert len(held_out) == 2 and all(20 <= quality <= 45 for quality in held_out)
+    for name in "o.h5", "o_eval.h5":
+        with h5py.File(tmp_path / name) as file:
+            assert file.attrs["degradation"] == "jpeg"
+            assert file.attrs["jpeg"].tolist() == [20, 45]
+
+
+def test_synthetic_images_are_saved_as_jpeg(call, tmp_path):
+    def make(name: str, *flags: object) -> np.ndarray:
+        argv = "--synthetic", 2, "--eval", "--scale", 3, "--output-path", tmp_path / name
+        assert call("prepare", *argv, *flags).status == 0
+        with h5py.File(tmp_path / name) as file:
+            return np.stack([[file[f"{kind}/{i}"] for i in (0, 1)] for kind in ("lr", "hr")])
+
+    (lr, hr), (jpeg_lr, jpeg_hr) = make("a.h5"), make("b.h5", "--jpeg", 30, 40)
+    assert np.array_equal(hr, jpeg_hr)
+    assert np.abs(lr - jpeg_lr).mean() > 1
+    image = np.asarray(prepare.dead_leaves(1_000_000))[:255, :255]
+    errors = [np.abs(jpeg_pair(image, 3, q, luma_levels) - jpeg_lr[0]).max() for q in range(30, 41)]
+    assert min(errors) < 1e-3
+    assert np.array_equal(make("c.h5", "--jpeg", 30, 40), [jpeg_lr, jpeg_hr])
+
+
+@pytest.mark.parametrize(("dtype", "white"), [(np.uint16, 4080), (np.uint8, 51)])
+def test_jpeg_of_images_with_a_range_has_their_brightness(call, tmp_path, photo, dtype, white):
+    (tmp_path / "in").mkdir()
+    levels = photo[..., 1] // 5 * 5  # whole grey levels are whole values in both ranges
+    values = (levels * (white / 255)).round().astype(dtype)
+    Image.fromarray(values).save(tmp_path / "in" / "a.png")
+    argv = "--images-dir", tmp_path / "in", "--range", 0, white, "--output-path", tmp_path / "e.h5"
+    assert call("prepare", *argv, "--eval", "--scale", 3, "--jpeg", 90, 90).status == 0
+    with h5py.File(tmp_path / "e.h5") as file:
+        assert np.abs(file["hr/0"] - levels.astype(float)).max() < 1e-3
+        assert np.abs(file["lr/0"] - jpeg_pair(levels, 3, 90, luma_levels)).max() < 1e-3
+
+
+def test_jpeg_with_unusable_flags_is_refused(call, images, tmp_path):
+    argv = "--images-dir", images, "--output-path", tmp_path / "t.h5", "--scale", 2, "--jpeg"
+    for values in (60, 30), (0, 30), (30, 101), (30.5, 60), (30,):
+        assert refused(call("prepare", *argv, *values), "--jpeg")
+    assert refused(call("prepare", *argv, 30, 60, "--lr-dir", images), "--lr-dir", "--jpeg")
+    assert not (tmp_path / "t.h5").exists()
 
 
 # --- synthetic images -----------------------------------------------------------------------

@@ -1,89 +1,80 @@
-"""Training: the loop, its files, resuming, killing, several processes."""
+"""Training: the recipes, the files of a run, resuming, and input that is refused."""
 
-import csv
-import io
+import itertools
 import math
-import os
-import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
+from argparse import Namespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT, history, needs_data, noise, refused, same_run, tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from conftest import FULL_DISK, ROOT, needs_data, noise, refused, spawn, tree
 
 import train
+from datasets import H5Patches
 from models import SRCNN, load_srcnn, restore
-from utils import Pair
+from utils import InputError, Pair
 
-SMALL = ["--filters", 8, 4, "--kernel-sizes", 5, 3, 5]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+LAYERS = {"filters": (8, 4), "kernel_sizes": (5, 3, 5)}  # of train_flags
 
 
 @pytest.fixture
-def base(h5_files, tmp_path) -> list:
-    """The arguments of a short run of a small network: 64 patches, four steps an epoch."""
-    files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
-    return [*files, *SMALL, "--outputs-dir", tmp_path / "out", "--num-epochs", 3]
+def folder(tmp_path):
+    """Where a run of train_flags writes."""
+    return tmp_path / "out" / "x3"
 
 
-def history(folder: Path) -> list[dict]:
-    with (folder / "history.csv").open() as file:
-        return list(csv.DictReader(file))
+def equal(*models: SRCNN) -> bool:
+    """Return whether two networks have equal weights."""
+    return all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models)))
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return load_srcnn(path).state_dict()
+def equal_files(a, b) -> bool:
+    """Return whether two files contain equal weights."""
+    return equal(load_srcnn(a), load_srcnn(b))
 
 
-def equal(a: Path, b: Path) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+# --- a run and its files --------------------------------------------------------------------
 
 
-def everything(path: Path) -> list:
-    """All that a last.pth holds of a run but its clock and the places it writes to."""
-    state = torch.load(path, weights_only=True)
-    rows = [{**row, "seconds": 0} for row in state["counters"]["history"]]
-    counters = {**state["counters"], "seconds": 0, "history": 0}
-    return [rows, counters, *tensors(state)]
-
-
-def tensors(value: object) -> list:
-    if isinstance(value, torch.Tensor):
-        return [value.tolist()]
-    if isinstance(value, dict):
-        value = list(value.values())
-    value = value if isinstance(value, (list, tuple)) else []
-    return [tensor for item in value for tensor in tensors(item)]
-
-
-def test_a_run_writes_weights_checkpoint_and_history(call, base, tmp_path):
-    result = call("train", *base, "--save-every", 2)
-    assert result.status == 0, result.err
-    folder = tmp_path / "out" / "x3"
-    names = {"best.pth", "last.pth", "history.csv", "epoch_2.pth"}
-    assert set(tree(folder)) == names
+def test_a_run_writes_weights_checkpoint_and_history(call, train_flags, folder):
+    result = call("train", *train_flags, "--save-every", 2)
+    assert (result.status, result.err) == (0, "")
+    assert set(tree(folder)) == {"best.pth", "last.pth", "history.csv", "epoch_2.pth"}
     rows = history(folder)
-    assert list(rows[0]) == ["epoch", "loss", "psnr", "learning_rate", "seconds"]
+    assert list(rows[0]) == ["epoch", "step", "loss", "psnr", "learning_rate", "seconds"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    assert result.out.count("epoch") == 3
+    lines = [line for line in result.out.splitlines() if line.startswith("epoch")]
+    assert len(lines) == 3
     best = max(float(row["psnr"]) for row in rows)
-    assert f"{best:.3f} dB" in result.out.splitlines()[-1]
+    assert f"x3/best.pth: {best:.2f} dB (bicubic " in result.out.splitlines()[-2]
+    weights = f"--weights-file {folder / 'best.pth'}"
+    assert result.out.splitlines()[-1] == f"try it: python test.py IMAGE {weights}"
     state = torch.load(folder / "best.pth", weights_only=True)
     assert list(state) == list(SRCNN().state_dict())
 
 
-def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_path):
-    call("train", *base, "--num-epochs", 40, "--lr", 0.002, "--ema", 0.9)
-    model = load_srcnn(tmp_path / "out" / "x3" / "best.pth")
+def test_last_pth_contains_the_run_at_its_top_level(call, train_flags, folder):
+    call("train", *train_flags)
+    state = torch.load(folder / "last.pth", weights_only=True)
+    names = "version args data epoch epoch_step global_step seconds history best best_psnr model"
+    names += " ema optimizers loss_sum loss_steps max_lr evaluated_step evaluated_at"
+    assert set(state) == {*names.split(), "evaluation_seconds"}
+    assert (state["version"], state["epoch"], state["epoch_step"]) == (3, 4, 0)
+    assert (state["global_step"], state["loss_sum"]) == (12, 0)
+    assert equal_files(folder / "last.pth", folder / "best.pth")  # both are the EMA
+    assert not torch.equal(state["model"]["conv1.weight"], state["ema"]["conv1.weight"])
+
+
+def test_the_reported_psnr_is_that_of_best_pth(call, train_flags, h5_files, folder):
+    call("train", *train_flags, "--num-epochs", 40, "--lr", 0.002, "--ema", 0.9)
+    model = load_srcnn(folder / "best.pth")
     scores = []
     with h5py.File(h5_files[1]) as file:
         for name in file["lr"]:
@@ -92,75 +83,268 @@ def test_reported_psnr_is_that_of_the_weights_kept(call, base, h5_files, tmp_pat
                 y = model(torch.from_numpy(lr)[None, None] / 255)[0, 0].numpy() * 255
             error = (np.clip(np.floor(y + 0.5), 0, 255) - hr)[3:-3, 3:-3]
             scores.append(10 * np.log10(255**2 / np.mean(error.astype(float) ** 2)))
-    reported = [float(row["psnr"]) for row in history(tmp_path / "out" / "x3")]
+    reported = [float(row["psnr"]) for row in history(folder)]
     assert np.mean(scores) == pytest.approx(max(reported), abs=1e-4)
-    assert max(reported) > reported[0] + 0.01  # not the weights that it started with
+    assert max(reported) > reported[0] + 0.01  # these are not the initial weights
 
 
-def test_the_network_learns(call, h5_files, tmp_path):
+def test_evaluate_rounds_and_crops_the_border():
+    torch.manual_seed(3)
+    model = SRCNN(init="default", **LAYERS)
+    ilr, hr = noise(30, 30), np.rint(noise(30, 30, seed=1))
+    score = train.evaluate(model, [Pair(ilr, hr)], 4)
+    expected = np.clip(np.floor(restore(model, ilr) + 0.5), 0, 255)
+    mse = np.mean((expected - hr)[4:-4, 4:-4].astype(np.float64) ** 2)
+    assert score == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-6)
+
+
+def test_training_raises_the_psnr_above_that_of_bicubic(call, h5_files, tmp_path):
     files = ["--train-file", h5_files[0], "--eval-file", h5_files[1]]
     argv = [*files, "--outputs-dir", tmp_path, "--num-epochs", 12, "--warmup", 5]
     result = call("train", *argv, "--optimizer", "muon", "--lr", 0.01, "--ema", 0.9)
-    bicubic = float(result.out.split("bicubic has ")[1].split()[0])
-    best = max(float(row["psnr"]) for row in history(tmp_path / "x3"))
-    assert best > bicubic + 0.4
+    bicubic = float(result.out.split(", bicubic ")[1].split()[0])
+    assert max(float(row["psnr"]) for row in history(tmp_path / "x3")) > bicubic + 0.4
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
-def test_a_seed_decides_a_run_bit_for_bit(call, base, tmp_path, optimizer):
-    base += ["--optimizer", optimizer]
+def test_equal_seeds_give_equal_weights(call, train_flags, tmp_path, optimizer):
+    train_flags += ["--optimizer", optimizer]
     for name, seed in ("a", 1), ("b", 1), ("c", 2):
-        assert call("train", *base, "--seed", seed, "--outputs-dir", tmp_path / name).status == 0
-    assert equal(tmp_path / "a/x3/last.pth", tmp_path / "b/x3/last.pth")
-    assert not equal(tmp_path / "a/x3/last.pth", tmp_path / "c/x3/last.pth")
+        argv = [*train_flags, "--seed", seed, "--outputs-dir", tmp_path / name]
+        assert call("train", *argv).status == 0
+    a, b, c = (load_srcnn(tmp_path / name / "x3/last.pth") for name in "abc")
+    assert equal(a, b)
+    assert not equal(a, c)
 
 
-def test_streaming_gives_the_same_weights(call, base, tmp_path):
+def test_streaming_gives_the_same_weights(call, train_flags, tmp_path):
     for flag in ("--stream", "--no-stream"):
-        call("train", *base, flag, "--num-workers", 1, "--outputs-dir", tmp_path / flag)
-    assert equal(tmp_path / "--stream/x3/last.pth", tmp_path / "--no-stream/x3/last.pth")
+        call("train", *train_flags, flag, "--num-workers", 1, "--outputs-dir", tmp_path / flag)
+    assert same_run(tmp_path / "--stream/x3/last.pth", tmp_path / "--no-stream/x3/last.pth")
 
 
-def test_several_files_train_as_one(call, base, h5_files, tmp_path):
+def test_several_files_train_as_one(call, train_flags, folder, h5_files, tmp_path):
     with h5py.File(h5_files[0]) as file:
         for name, rows in ("first.h5", slice(40)), ("second.h5", slice(40, None)):
             with h5py.File(tmp_path / name, "w") as part:
                 for key in ("lr", "hr"):
                     part[key] = file[key][rows]
-    call("train", *base)
+    call("train", *train_flags)
     parts = ["--train-file", tmp_path / "first.h5", tmp_path / "second.h5"]
-    call("train", *base, *parts, "--outputs-dir", tmp_path / "parts")
-    assert equal(tmp_path / "out/x3/last.pth", tmp_path / "parts/x3/last.pth")
+    call("train", *train_flags, *parts, "--outputs-dir", tmp_path / "parts")
+    assert same_run(folder / "last.pth", tmp_path / "parts/x3/last.pth")
 
 
-def test_cosine_falls_to_zero_and_constant_stays(call, base, tmp_path):
-    call("train", *base, "--lr", 0.01, "--warmup", 3)
-    rates = [float(row["learning_rate"]) for row in history(tmp_path / "out/x3")]
-    steps = 3 * 4
-    expected = [0.005 * (1 + math.cos(math.pi * (4 * e - 1) / steps)) for e in (1, 2, 3)]
-    assert rates == pytest.approx(expected)
-    call("train", *base, "--lr", 0.01, "--schedule", "constant", "--warmup", 7)
-    rates = [float(row["learning_rate"]) for row in history(tmp_path / "out/x3")]
+def test_images_with_infinite_bicubic_psnr_are_ignored(
+    call, train_flags, folder, h5_files, tmp_path
+):
+    path = tmp_path / "eval.h5"
+    shutil.copy(h5_files[1], path)
+    with h5py.File(path, "r+") as file:
+        for name in ("lr", "hr"):
+            file[name]["2"] = np.full((66, 66), 255, np.float32)
+    assert "ignoring" not in call("train", *train_flags).out
+    argv = [*train_flags, "--eval-file", path, "--outputs-dir"]
+    result = call("train", *argv, tmp_path / "flat")
+    assert result.status == 0
+    assert "ignoring 1 of 3 images with infinite bicubic PSNR" in result.out
+    assert history(tmp_path / "flat/x3")[-1]["psnr"] == history(folder)[-1]["psnr"]
+    with h5py.File(path, "r+") as file:
+        for name in ("lr/0", "lr/1", "hr/0", "hr/1"):
+            del file[name]
+    assert refused(call("train", *argv, tmp_path / "no"), "--eval-file", "infinite for all images")
+    assert not (tmp_path / "no").exists()
+
+
+def test_tensorboard_receives_the_history(call, train_flags, folder):
+    result = call("train", *train_flags, "--tensorboard")
+    assert result.status == 0, result.err
+    events, rows = EventAccumulator(str(folder / "tensorboard")).Reload(), history(folder)
+    for name in ("loss", "psnr", "learning_rate", "seconds"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        expected = [(int(row["step"]), float(row[name])) for row in rows]
+        assert np.allclose(written, expected, rtol=1e-5)
+
+
+def test_missing_tensorboard_is_refused_before_an_older_run_is_renamed(
+    call, train_flags, tmp_path, monkeypatch
+):
+    assert call("train", *train_flags).status == 0
+    before = tree(tmp_path)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    result = call("train", *train_flags, "--tensorboard")
+    assert refused(result, "--tensorboard", "pip install tensorboard")
+    assert tree(tmp_path) == before
+
+
+@needs_data
+def test_the_commands_of_yjn870s_readme_run_unchanged(call, tmp_path):
+    data, images, outputs = ROOT / "data", tmp_path / "images", tmp_path / "outputs"
+    images.mkdir()
+    for name in ("t1.bmp", "t2.bmp", "t3.bmp", "t4.bmp"):
+        (images / name).symlink_to(data.resolve() / "T91" / name)
+    h5 = {name: tmp_path / f"{name}_x3.h5" for name in ("91-image", "Set5")}
+    shutil.copy(data / "Set5" / "butterfly_GT.bmp", tmp_path / "butterfly.bmp")
+    commands = [
+        f"prepare --images-dir {images} --output-path {h5['91-image']}"
+        " --patch-size 33 --stride 14 --scale 3",
+        f"prepare --images-dir {data}/Set5 --output-path {h5['Set5']} --scale 3 --eval",
+        f"train --train-file {h5['91-image']} --eval-file {h5['Set5']} --outputs-dir {outputs}"
+        " --scale 3 --lr 1e-4 --batch-size 16 --num-epochs 1 --num-workers 8 --seed 123",
+        f"test --weights-file {outputs}/x3/best.pth --image-file {tmp_path}/butterfly.bmp"
+        " --scale 3",
+    ]
+    for command in commands:
+        result = call(*command.split())
+        assert (result.status, result.err) == (0, "")
+    assert (tmp_path / "butterfly_srcnn_x3.png").is_file()
+
+
+# --- length, schedule and recipes -----------------------------------------------------------
+
+
+def test_cosine_falls_to_zero_and_constant_stays(call, train_flags, folder):
+    call("train", *train_flags, "--lr", 0.01, "--warmup", 3)
+    rates = [float(row["learning_rate"]) for row in history(folder)]
+    used = [
+        0.01 * min(1, (step + 1) / 4) * 0.5 * (1 + math.cos(math.pi * step / 12))
+        for step in range(12)
+    ]
+    assert rates == pytest.approx([max(used[:4]), max(used[4:8]), max(used[8:])])
+    call("train", *train_flags, "--lr", 0.01, "--schedule", "constant", "--warmup", 7)
+    rates = [float(row["learning_rate"]) for row in history(folder)]
     assert rates == pytest.approx([0.005, 0.01, 0.01])
 
 
-def test_minutes_plan_the_schedule_over_the_time(call, base, tmp_path):
-    at = base.index("--num-epochs")
-    call("train", *base[:at], "--minutes", 0.04, "--warmup", 0)
-    last = history(tmp_path / "out/x3")[-1]
-    assert 2.4 <= float(last["seconds"]) < 5
-    assert float(last["learning_rate"]) < 1e-4
+def test_evaluations_are_spread_over_a_short_run_and_follow_each_epoch(call, train_flags, folder):
+    flags = train_flags[: train_flags.index("--eval-every")]
+    call("train", *flags, "--steps", 100)  # 25 epochs of four steps
+    assert [int(row["step"]) for row in history(folder)] == list(range(4, 101, 4))
+    call("train", *flags, "--batch-size", 1, "--num-epochs", 2)  # 64 steps each
+    steps = [int(row["step"]) for row in history(folder)]
+    assert steps == sorted({*range(7, 129, 7), 64, 128})  # a 20th of 128 steps, rounded up
+    call("train", *flags, "--batch-size", 1, "--num-epochs", 2, "--eval-every", 50)
+    assert [int(row["step"]) for row in history(folder)] == [50, 100, 128]
 
 
-def test_without_a_length_a_run_is_planned_for_400_epochs(base):
-    args, _ = train.parse_args([str(x) for x in base[: base.index("--num-epochs")]])
-    assert train.planned(args, train.Counters(steps=4 * 100), steps_per_epoch=4) == 0.25
+def test_evaluations_take_at_most_a_twentieth_of_a_run_in_minutes(
+    call, train_flags, folder, monkeypatch
+):
+    evaluate, seconds = train.evaluate, []
+
+    def slow_evaluate(*args: object) -> float:
+        time.sleep(0.15)
+        seconds.append(0.15)
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slow_evaluate)
+    flags = train_flags[: train_flags.index("--eval-every")]
+    call("train", *flags, "--minutes", 0.15)
+    assert 2 <= len(seconds) <= 4  # the first one before the run, and the last one at its end
+    assert len(history(folder)) == len(seconds) - 1
 
 
-def test_the_last_layer_learns_at_a_tenth_by_the_papers_rule():
+def test_the_terminal_shows_what_will_be_trained_and_how_long_it_takes(call, train_flags):
+    flags = train_flags[: train_flags.index("--eval-every")]
+    result = call("train", *flags, "--num-epochs", 30, "--lr", 0.002)
+    lines = result.out.splitlines()
+    for start, words in (
+        ("network", "5-3-5, filters 8-4, 601 parameters, x3"),
+        ("training", "adam, learning rate 0.002, cosine schedule, 120 steps, 4 in an epoch of 16"),
+        ("device", "cpu, "),
+        ("patches", "64 of 33 x 33, 1 MB in memory"),
+        ("evaluation", "2 images, bicubic "),
+        ("estimated time", "to the end of the run: 0:0"),
+    ):
+        assert any(line.startswith(start) and words in line for line in lines), words
+    pattern = r"epoch 3/30  step 12  loss 0\.\d{6}  PSNR \d\d\.\d\d dB \(best \d\d\.\d\d\)  "
+    pattern += r"lr \d\.\de-0\d  \d+ s  ETA 0:0\d:\d\d"
+    assert any(re.fullmatch(pattern, line) for line in lines), result.out
+
+
+def test_a_finished_run_is_reported_as_finished(call, train_flags, folder):
+    call("train", *train_flags)
+    result = call("train", "--resume", folder / "last.pth")
+    assert result.status == 0
+    assert "this run is finished" in result.out
+
+
+def test_several_evaluation_files_are_evaluated_as_one(
+    call, train_flags, h5_files, folder, tmp_path
+):
+    with h5py.File(h5_files[1]) as file:
+        for i in (0, 1):
+            with h5py.File(tmp_path / f"{i}.h5", "w") as part:
+                for key in ("lr", "hr"):
+                    part[f"{key}/0"] = file[f"{key}/{i}"][...]
+    call("train", *train_flags)
+    files = ["--eval-file", tmp_path / "0.h5", tmp_path / "1.h5"]
+    call("train", *train_flags, *files, "--outputs-dir", tmp_path / "parts")
+    scores = [[row["psnr"] for row in history(f)] for f in (folder, tmp_path / "parts/x3")]
+    assert scores[0] == scores[1]
+
+
+def test_minutes_spread_the_schedule_over_the_time(call, train_flags, folder):
+    call("train", *train_flags[:-2], "--minutes", 0.02, "--warmup", 0)
+    assert 1.2 <= torch.load(folder / "last.pth", weights_only=True)["seconds"] < 4
+    assert float(history(folder)[-1]["learning_rate"]) < 3e-4
+
+
+@pytest.mark.parametrize("ticks", range(20, 28))
+def test_a_run_whose_time_is_up_is_saved_as_finished(call, train_flags, folder, monkeypatch, ticks):
+    clock = itertools.count()  # the time is up at different points of an epoch
+    monkeypatch.setattr(train, "time", Namespace(perf_counter=lambda: next(clock)))
+    assert call("train", *train_flags[:-2], "--minutes", ticks / 60).status == 0
+    state = torch.load(folder / "last.pth", weights_only=True)
+    assert (state["epoch_step"], state["seconds"] >= ticks) == (0, True)
+    before = tree(folder)
+    assert call("train", "--resume", folder / "last.pth").status == 0
+    assert tree(folder) == before
+
+
+def test_the_default_length_is_400_epochs(train_flags):
+    args, _ = train.parse_args([*train_flags[:-2], "--lr", 0.1])
+    batches, _, _ = train.load_data(args, torch.device("cpu"), 0, 1)
+    state = train.Run(args, batches, 0, 1)
+    state.global_step = len(batches) * 100
+    assert (len(batches), state.progress) == (4, 0.25)
+
+
+def test_steps_end_a_run_in_mid_epoch_with_an_evaluation(call, train_flags, folder):
+    assert call("train", *train_flags[:-2], "--steps", 6).status == 0
+    assert torch.load(folder / "last.pth", weights_only=True)["global_step"] == 6
+    assert [row["epoch"] for row in history(folder)] == ["1", "2"]
+
+
+def test_a_recipe_sets_defaults_which_typed_flags_override(train_flags):
+    args, _ = train.parse_args([*train_flags, "--recipe", "forks", "--ema", 0.5])
+    assert (args.lr, args.init, args.augment, args.ema) == (1e-4, "default", False, 0.5)
+    assert train.parse_args([*train_flags, "--recipe", "paper"])[0].optimizer == "sgd"
+    assert train.parse_args(train_flags)[0].optimizer == "adam"
+
+
+def test_bfloat16_is_used_and_its_absence_reported(call, train_flags, folder, monkeypatch):
+    call("train", *train_flags)
+    exact = load_srcnn(folder / "best.pth").conv1.weight
+    for available in (True, False):
+        monkeypatch.setattr(train, "has_bf16", lambda device, available=available: available)
+        result = call("train", *train_flags, "--bf16")
+        assert result.status == 0
+        weight = load_srcnn(folder / "best.pth").conv1.weight
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, exact) == (not available)
+        assert ("--bf16: the device has no bfloat16" in result.out) == (not available)
+
+
+# --- optimizers -----------------------------------------------------------------------------
+
+
+def test_sgd_follows_the_papers_rule_with_a_tenth_in_the_last_layer():
     torch.manual_seed(0)
     model = SRCNN(filters=(4, 4), kernel_sizes=(3, 3, 3), init="default").double()
-    (optimizer,) = train.make_optimizers(model, "sgd", 0.1)
+    args = Namespace(optimizer="sgd", lr=0.1, last_layer_lr=0.1)
+    (optimizer,) = train.make_optimizers(model, args)
     x, y = torch.rand(2, 1, 9, 9).double(), torch.rand(2, 1, 3, 3).double()
     state = {n: (p.detach().clone(), torch.zeros_like(p)) for n, p in model.named_parameters()}
     for _ in range(4):
@@ -173,17 +357,38 @@ def test_the_last_layer_learns_at_a_tenth_by_the_papers_rule():
         optimizer.step()
     for name, p in model.named_parameters():
         assert torch.allclose(p, state[name][0], atol=1e-12), name
-    groups = train.make_optimizers(model, "adam", 0.1)[0].param_groups
-    assert [group["lr"] for group in groups] == [0.1, pytest.approx(0.01)]
-    assert [len(group["params"]) for group in groups] == [4, 2]
+
+
+@pytest.mark.parametrize("factor", [None, 0.5, 2])
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
+def test_last_layer_lr_is_a_factor_of_lr(train_flags, optimizer, factor):
+    train_flags += ["--last-layer-lr", factor] if factor else []
+    args, _ = train.parse_args([*train_flags, "--optimizer", optimizer, "--lr", 0.2])
+    model = SRCNN(**LAYERS)
+    rates = {}
+    for group in train.make_optimizers(model, args)[0].param_groups:
+        rates |= dict.fromkeys(group["params"], group["lr"])
+    assert rates[model.conv1.weight] == rates[model.conv2.weight] == 0.2
+    assert rates[model.conv3.weight] == pytest.approx(0.2 * (factor or 0.1))
+    assert rates.get(model.conv3.bias) in (None, rates[model.conv3.weight])  # Muon leaves it out
+    assert len(rates) == (3 if optimizer == "muon" else 6)
+
+
+def test_last_layer_lr_of_zero_freezes_the_last_layer(call, train_flags, folder):
+    train_flags += ["--init", "default", "--last-layer-lr", 0]
+    assert call("train", *train_flags).status == 0
+    torch.manual_seed(123)  # --seed
+    start, model = SRCNN(init="default", **LAYERS), load_srcnn(folder / "last.pth")
+    assert torch.equal(model.conv3.weight, start.conv3.weight)
+    assert not torch.equal(model.conv2.weight, start.conv2.weight)
 
 
 @pytest.mark.parametrize("shape", [(64, 81), (32, 1600), (40, 7)])
-def test_muons_step_is_nearly_orthogonal(shape):
+def test_orthogonalize_returns_a_nearly_orthogonal_matrix(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape) @ torch.diag(torch.logspace(0, -1, shape[1]))
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    result = train.orthogonal(matrix)
+    result = train.orthogonalize(matrix)
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.5
     assert values.max() < 1.3
@@ -206,542 +411,303 @@ def test_muon_moves_every_direction_of_a_layer_equally_far(shape):
     assert (weight * weight.grad).sum() < 0  # downhill
 
 
-@pytest.mark.parametrize(("optimizer", "held"), [("muon", True), ("adam", False)])
-def test_muon_learns_what_is_to_be_added_to_the_picture(call, base, tmp_path, optimizer, held):
-    argv = [*base, "--optimizer", optimizer, "--num-epochs", 1]
+@pytest.mark.parametrize(("optimizer", "frozen"), [("muon", True), ("adam", False)])
+def test_muon_freezes_the_identity_filters(call, train_flags, folder, optimizer, frozen):
+    argv = [*train_flags, "--optimizer", optimizer, "--num-epochs", 1]
     assert call("train", *argv).status == 0
-    model = load_srcnn(tmp_path / "out/x3/last.pth")
-    start = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5))
+    model, start = load_srcnn(folder / "last.pth"), SRCNN(**LAYERS)
     for ours, theirs in zip(model.layers[:-1], start.layers):
-        assert torch.equal(ours.weight[0], theirs.weight[0]) == held
-        assert torch.equal(ours.bias[:1], theirs.bias[:1]) == held
+        assert torch.equal(ours.weight[0], theirs.weight[0]) == frozen
+        assert torch.equal(ours.bias[:1], theirs.bias[:1]) == frozen
         assert not torch.equal(ours.weight[1:], theirs.weight[1:])
-    assert torch.equal(model.conv3.weight[0, 0], start.conv3.weight[0, 0]) == held
-    torch.manual_seed(123)
-    start = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5), init="default")  # has no such filters
+    assert torch.equal(model.conv3.weight[0, 0], start.conv3.weight[0, 0]) == frozen
+    torch.manual_seed(123)  # --seed
+    start = SRCNN(init="default", **LAYERS)  # has no identity filters
     assert call("train", *argv, "--init", "default").status == 0
-    model = load_srcnn(tmp_path / "out/x3/last.pth")
-    moved = zip(model.layers[:-1], start.layers)
-    assert not all(torch.equal(ours.weight[0], theirs.weight[0]) for ours, theirs in moved)
+    layers = zip(load_srcnn(folder / "last.pth").layers[:-1], start.layers)
+    assert not all(torch.equal(ours.weight[0], theirs.weight[0]) for ours, theirs in layers)
 
 
-def test_bfloat16_is_used_and_a_line_says_where_it_is_not(call, base, tmp_path, monkeypatch):
-    best = tmp_path / "out/x3/best.pth"
-    call("train", *base)
-    exact = weights(best)["conv1.weight"]
-    for fast in (True, False):
-        monkeypatch.setattr(train, "has_bf16", lambda device, fast=fast: fast)
-        result = call("train", *base, "--bf16")
-        assert result.status == 0
-        assert weights(best)["conv1.weight"].dtype == torch.float32
-        assert torch.equal(weights(best)["conv1.weight"], exact) == (not fast)
-        assert ("--bf16: this device has no instructions" in result.out) == (not fast)
-
-
-def test_training_starts_from_a_weights_file_and_never_ends_below_it(call, base, tmp_path):
-    call("train", *base, "--seed", 5)
-    start = tmp_path / "start.pth"
-    (tmp_path / "out/x3/best.pth").rename(start)
-    first = float(history(tmp_path / "out/x3")[-1]["psnr"])
-    result = call("train", *base, "--init", start, "--num-epochs", 1, "--lr", 5)
-    best, last = (tmp_path / "out/x3" / name for name in ("best.pth", "last.pth"))
-    assert result.status == 0
-    assert float(history(tmp_path / "out/x3")[-1]["psnr"]) < first - 1  # ruined
-    assert equal(best, start)
-    assert call("train", *base, "--init", start, "--num-epochs", 1).status == 0
-    start.unlink()  # a resume does not need it
-    assert call("train", "--resume", last, "--num-epochs", 2).status == 0
-
-
-def test_an_unusable_start_is_refused(call, base, tmp_path):
-    assert refused(call("train", *base, "--init", "gausian"), "--init gausian", "nor")
-    start = tmp_path / "start.pth"
-    torch.save(SRCNN().state_dict(), start)  # 9-5-5, not what `base` asks for
-    assert refused(call("train", *base, "--init", start), str(start), "other layers")
-    assert not (tmp_path / "out").exists()
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory of a process and its workers, pages that they share counted once."""
-    total, children = 0, Path(f"/proc/{pid}/task/{pid}/children")
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total = next(int(x.split()[1]) for x in rollup.splitlines() if x.startswith("Pss:"))
-        total = 1024 * total + sum(map(resident_bytes, map(int, children.read_text().split())))
-    except (OSError, StopIteration):
-        pass  # it has just ended
-    return total
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
-def test_a_file_of_six_gigabytes_trains_in_bounded_memory(h5_files, tmp_path):
-    path = tmp_path / "large.h5"  # sparse: what is not written takes no disk and reads 0
-    count = 6_000_000_000 // (2 * 4 * 33 * 33)
-    with h5py.File(path, "w") as file:
-        for name in ("lr", "hr"):
-            file.create_dataset(name, (count, 33, 33), "float32", chunks=(15, 33, 33))
-    argv = ["--train-file", path, "--eval-file", h5_files[1], *SMALL, "--stream"]
-    argv += ["--outputs-dir", tmp_path, "--minutes", 0.05, "--num-workers", 2]
-    process = start(ROOT / "train.py", *argv)
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, resident_bytes(process.pid))
-        time.sleep(0.02)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"{count} patches streamed" in out
-    assert 0.1e9 < peak < 1.5e9
-
-
-def test_steps_end_a_run_in_the_middle_of_an_epoch_with_an_evaluation(call, base, tmp_path):
-    at = base.index("--num-epochs")
-    assert call("train", *base[:at], "--steps", 6).status == 0
-    assert torch.load(tmp_path / "out/x3/last.pth", weights_only=True)["counters"]["steps"] == 6
-    assert [row["epoch"] for row in history(tmp_path / "out/x3")] == ["1", "2"]
-
-
-@pytest.mark.parametrize("order", [4, 8])
-def test_symmetric_training_makes_a_plain_file_that_commutes_with_turns(
-    call, h5_files, tmp_path, order
-):
+def test_tied_filters_make_a_plain_file_that_commutes_with_rotations(call, h5_files, tmp_path):
     files = ["--train-file", h5_files[0], "--eval-file", h5_files[1], "--outputs-dir", tmp_path]
-    layers = ["--filters", 20, 17, "--kernel-sizes", 5, 3, 5, "--optimizer", "muon"]
-    layers += ["--warmup", 0, "--ema", 0.5, "--lr", 0.01, "--symmetry", order]
-    assert call("train", *files, *layers, "--num-epochs", 10).status == 0
+    flags = ["--filters", 20, 17, "--kernel-sizes", 5, 3, 5, "--optimizer", "muon"]
+    flags += ["--warmup", 0, "--ema", 0.5, "--lr", 0.01, "--symmetry", 4]
+    assert call("train", *files, *flags, "--num-epochs", 10).status == 0
     plain = torch.load(tmp_path / "x3/best.pth", weights_only=True)
     assert list(plain) == list(SRCNN().state_dict())
     model, x = load_srcnn(tmp_path / "x3/last.pth").double(), torch.rand(1, 1, 21, 21).double()
     assert (model(x) - x).abs().max() > 1e-2
-    flips = (lambda t: t, lambda t: t.flip(3)) if order == 8 else (lambda t: t,)
-    for turns in range(4):
-        for flip in flips:
-            turned = torch.rot90(flip(model(x)), turns, (2, 3))
-            assert (model(torch.rot90(flip(x), turns, (2, 3))) - turned).abs().max() < 1e-5
-    if order == 4:
-        assert (model(x.flip(3)) - model(x).flip(3)).abs().max() > 1e-5
-    copies = len(model.conv1.weight.flatten(1).norm(dim=1).mul(1e4).round().unique())
-    assert copies == 8 + (20 - 8) // order + (20 - 8) % order
-    # Its weights may be gone on from; those of free filters would be spoiled.
-    goes_on = [*files, *layers, "--num-epochs", 1, "--init", tmp_path / "x3/last.pth"]
-    assert call("train", *goes_on, "--outputs-dir", tmp_path / "further").status == 0
+    for k in range(4):
+        rotated = torch.rot90(model(x), k, (2, 3))
+        assert (model(torch.rot90(x, k, (2, 3))) - rotated).abs().max() < 1e-5
+    assert (model(x.flip(3)) - model(x).flip(3)).abs().max() > 1e-5
+    num_free = len(model.conv1.weight.flatten(1).norm(dim=1).mul(1e4).round().unique())
+    assert num_free == 8 + (20 - 8) // 4
+    # Fine-tuning can start from these weights, but not from weights of free filters.
+    argv = [*files, *flags, "--num-epochs", 1, "--outputs-dir", tmp_path / "tuned", "--init"]
+    assert call("train", *argv, tmp_path / "x3/last.pth").status == 0
     torch.save(SRCNN(1, (20, 17), (5, 3, 5), "default").state_dict(), tmp_path / "free.pth")
-    refusal = call("train", *goes_on[:-1], tmp_path / "free.pth")
-    assert refused(refusal, "free.pth", "turned copies", "--symmetry 1")
+    result = call("train", *argv, tmp_path / "free.pth")
+    assert refused(result, "free.pth", "not tied", "--symmetry 1")
 
 
-def test_a_recipe_sets_defaults_which_typed_flags_override(base):
-    words = [str(x) for x in base] + ["--recipe", "forks"]
-    args, _ = train.parse_args([*words, "--ema", "0.5"])
-    assert (args.lr, args.init, args.augment, args.ema) == (1e-4, "default", False, 0.5)
-    assert train.parse_args([*words[:-1], "paper"])[0].optimizer == "sgd"
-    assert train.parse_args(words[:-2])[0].optimizer == "adam"
+# --- initial weights ------------------------------------------------------------------------
 
 
-# --- resuming -----------------------------------------------------------------------
+def test_fine_tuning_never_ends_below_its_initial_weights(call, train_flags, folder, tmp_path):
+    call("train", *train_flags, "--seed", 5)
+    start = tmp_path / "start.pth"
+    (folder / "best.pth").rename(start)
+    first = float(history(folder)[-1]["psnr"])
+    result = call("train", *train_flags, "--init", start, "--num-epochs", 1, "--lr", 5)
+    assert result.status == 0
+    assert float(history(folder)[-1]["psnr"]) < first - 1  # the learning rate is far too high
+    assert equal_files(folder / "best.pth", start)
+    assert call("train", *train_flags, "--init", start, "--num-epochs", 1).status == 0
+    start.unlink()  # a resumed run does not need it
+    assert call("train", "--resume", folder / "last.pth", "--num-epochs", 2).status == 0
 
 
-def test_a_picture_that_bicubic_restores_does_not_hide_the_others(call, base, h5_files, tmp_path):
-    file = tmp_path / "eval.h5"
-    shutil.copy(h5_files[1], file)
-    with h5py.File(file, "r+") as opened:
-        for name in "lr", "hr":
-            opened[name]["2"] = np.full((66, 66), 255, np.float32)
-    for name, more in ("out", []), ("flat", ["--eval-file", file]):
-        result = call("train", *base, *more, "--outputs-dir", tmp_path / name)
-        assert (result.status, "1 pictures that bicubic" in result.out) == (0, name == "flat")
-    with h5py.File(file, "r+") as opened:
-        for name in "lr/0", "lr/1", "hr/0", "hr/1":
-            del opened[name]
-    result = call("train", *base, "--eval-file", file, "--outputs-dir", tmp_path / "none")
-    assert refused(result, str(file), "bicubic restores all")
-    assert history(tmp_path / "flat/x3")[-1]["psnr"] == history(tmp_path / "out/x3")[-1]["psnr"]
+def test_unusable_initial_weights_are_refused(call, train_flags, tmp_path):
+    assert refused(call("train", *train_flags, "--init", "gausian"), "--init gausian", "neither")
+    start = tmp_path / "start.pth"
+    torch.save(SRCNN().state_dict(), start)  # 9-5-5, which train_flags does not ask for
+    assert refused(call("train", *train_flags, "--init", start), str(start), "other layers")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_second_run_in_the_same_folder_is_left_alone(call, base, tmp_path, monkeypatch):
-    evaluate, second = train.evaluate, {}
-
-    def interrupted(*args):  # in the first epoch of the first run a second one begins and ends
-        monkeypatch.setattr(train, "evaluate", evaluate)
-        if (tmp_path / "out").exists():
-            assert call("train", *base, "--num-epochs", 1, "--seed", 4).status == 0
-            second.update(tree(tmp_path / "out/x3"))
-        else:
-            monkeypatch.setattr(train, "evaluate", interrupted)
-        return evaluate(*args)
-
-    monkeypatch.setattr(train, "evaluate", interrupted)
-    assert refused(call("train", *base), "out/x3", "another train.py")
-    assert tree(tmp_path / "out/x3") == second != {}
-    assert call("train", "--resume", tmp_path / "out/x3-1/last.pth").status == 0
+# --- resuming -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["best.pth", "last.pth"])
-def test_a_resumed_run_overwrites_no_other(call, base, tmp_path, name):
-    call("train", *base)
-    other = tmp_path / "other/x3" / name
-    other.parent.mkdir(parents=True)
-    other.write_bytes(b"another's")
-    before, last = tree(tmp_path), tmp_path / "out/x3/last.pth"
-    result = call("train", "--resume", last, "--outputs-dir", tmp_path / "other")
-    assert refused(result, "other", "another run")
+@pytest.mark.parametrize("optimizer", ["adam", "muon", "sgd"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
+    call, train_flags, folder, tmp_path, optimizer
+):
+    train_flags += ["--optimizer", optimizer, "--schedule", "constant"]
+    call("train", *train_flags, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
+    call("train", *train_flags, "--num-epochs", 2)
+    last = folder / "last.pth"
+    result = call("train", "--resume", last, "--num-epochs", 5)
+    assert (result.status, result.err) == (0, "")
+    assert f"{last}: resuming in epoch 3, step 0" in result.out
+    assert same_run(last, tmp_path / "whole/x3/last.pth")
+    assert [row["epoch"] for row in history(folder)] == list("12345")
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_resumed_fine_tuning_ends_like_an_uninterrupted_one(
+    call, train_flags, folder, tmp_path, optimizer
+):
+    torch.manual_seed(1)
+    torch.save(SRCNN(init="default", **LAYERS).state_dict(), tmp_path / "start.pth")
+    train_flags += ["--init", tmp_path / "start.pth", "--optimizer", optimizer]
+    train_flags += ["--schedule", "constant"]
+    call("train", *train_flags, "--outputs-dir", tmp_path / "whole")
+    call("train", *train_flags, "--num-epochs", 2)
+    assert call("train", "--resume", folder / "last.pth", "--num-epochs", 3).status == 0
+    assert same_run(folder / "last.pth", tmp_path / "whole/x3/last.pth")
+
+
+def test_resuming_a_finished_run_changes_nothing(call, train_flags, folder):
+    call("train", *train_flags)
+    before = tree(folder)
+    assert call("train", "--resume", folder / "last.pth").status == 0
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("length", "last_step"), [(["--steps", 6], 6), (["--num-epochs", 3], 12)])
+def test_a_stop_at_the_last_step_ends_with_an_evaluation_and_no_further_step(
+    call, train_flags, folder, tmp_path, monkeypatch, length, last_step
+):
+    argv = [*train_flags[:-2], *length]
+    call("train", *argv, "--outputs-dir", tmp_path / "whole")
+    loss_fn, steps = train.loss_fn, []
+
+    def stop_at_the_last_step(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+        steps.append(len(steps) + 1)
+        if len(steps) == last_step:
+            signal.raise_signal(signal.SIGTERM)
+        return loss_fn(sr, hr)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loss_fn", stop_at_the_last_step)
+        assert call("train", *argv).status == 143
+    last = folder / "last.pth"
+    stopped = torch.load(last, weights_only=True)
+    assert (stopped["global_step"], len(stopped["history"])) == (last_step, (last_step - 1) // 4)
+    assert call("train", "--resume", last).status == 0
+    assert torch.load(last, weights_only=True)["global_step"] == last_step
+    assert same_run(last, tmp_path / "whole/x3/last.pth")
+
+
+@pytest.mark.parametrize("epoch", [2, 3])
+def test_resuming_writes_an_epoch_file_that_a_kill_prevented(
+    call, train_flags, folder, tmp_path, monkeypatch, epoch
+):
+    train_flags += ["--save-every", 1]
+    call("train", *train_flags, "--outputs-dir", tmp_path / "whole")
+    write_file = train.write_file
+
+    def killed(path, content):
+        if path.name == f"epoch_{epoch}.pth":
+            raise SystemExit(137)
+        write_file(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_file", killed)
+        assert call("train", *train_flags).status == 137
+    assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == epoch + 1
+    assert not (folder / f"epoch_{epoch}.pth").exists()
+    assert call("train", "--resume", folder / "last.pth").status == 0
+    for i in (1, 2, 3):
+        assert equal_files(folder / f"epoch_{i}.pth", tmp_path / f"whole/x3/epoch_{i}.pth")
+
+
+def test_resume_without_a_value_continues_the_run_in_outputs_dir(call, train_flags, folder):
+    call("train", *train_flags)
+    result = call("train", "--outputs-dir", folder.parent, "--resume", "--num-epochs", 4)
+    assert result.status == 0
+    assert len(history(folder)) == 4
+
+
+def test_auto_resume_continues_a_run_or_starts_a_new_one(call, train_flags, folder, tmp_path):
+    train_flags += ["--auto-resume", "--schedule", "constant"]
+    result = call("train", *train_flags)
+    assert (result.status, result.err) == (0, "")
+    assert "resuming" not in result.out
+    assert refused(call("train", *train_flags, "--lr", 0.5), "--lr", "was trained with")
+    result = call("train", *train_flags, "--num-epochs", 5)
+    assert (result.status, result.err) == (0, "")
+    assert f"{folder / 'last.pth'}: resuming in epoch 4, step 0" in result.out
+    assert [path.name for path in folder.parent.iterdir()] == ["x3"]
+    call("train", *train_flags, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
+    assert same_run(folder / "last.pth", tmp_path / "whole/x3/last.pth")
+
+
+def test_a_resumed_run_is_not_written_elsewhere(call, train_flags, folder, tmp_path):
+    call("train", *train_flags)
+    before = tree(tmp_path)
+    result = call("train", "--resume", folder / "last.pth", "--outputs-dir", tmp_path / "other")
+    assert refused(result, "--outputs-dir", "beside its checkpoint")
     assert tree(tmp_path) == before
 
 
-def test_a_run_whose_reader_has_gone_ends_after_it_has_saved(base, tmp_path):
-    process = start(ROOT / "train.py", *base, "--num-epochs", 100_000, "--save-every", 1)
-    process.stdout.readline()
-    process.stdout.close()  # as `| head -1`
-    assert (process.wait(timeout=60), process.stderr.read()) == (141, "")
-    assert len(history(tmp_path / "out/x3")) == 1
-    assert (tmp_path / "out/x3/epoch_1.pth").is_file()
+def test_contradictions_to_the_checkpoint_are_refused(call, train_flags, folder, h5_files):
+    call("train", *train_flags)
+    before = tree(folder.parent)
+    contradictions = [
+        ["--lr", 0.5],
+        ["--last-layer-lr", 1],
+        ["--batch-size", 4],
+        ["--seed", 9],
+        ["--ema", 0],
+        ["--no-augment"],
+        ["--recipe", "fast"],
+        ["--filters", 8, 5],
+    ]
+    for flag, *value in contradictions:
+        result = call("train", *train_flags, flag, *value, "--resume")
+        assert refused(result, f"{flag}:", "was trained with", "drop the flag")
+    assert call("train", *train_flags, "--lr", 0.001, "--resume").status == 0  # the same value
+    assert tree(folder.parent) == before
 
 
-def test_a_resumed_run_may_be_longer_and_doubles_no_row(call, base, tmp_path):
-    constant = [*base, "--schedule", "constant"]
-    call("train", *constant, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
-    call("train", *constant, "--num-epochs", 2)
-    last = tmp_path / "out/x3/last.pth"
-    result = call("train", "--resume", last, "--num-epochs", 5)
-    assert result.status == 0, result.err
-    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
-    assert [row["epoch"] for row in history(last.parent)] == list("12345")
-    before = tree(last.parent)
-    assert call("train", "--resume", last).status == 0  # nothing left to do
-    assert tree(last.parent) == before
+def test_resuming_with_other_data_is_refused(call, train_flags, folder, h5_files, tmp_path):
+    call("train", *train_flags)
+    before = tree(folder)
+    shutil.copy(h5_files[0], tmp_path / "moved.h5")
+    shutil.copy(h5_files[1], tmp_path / "other.h5")
+    with h5py.File(tmp_path / "other.h5", "r+") as file:
+        del file["lr/1"], file["hr/1"]
+    resume = ["--resume", folder / "last.pth"]
+    result = call("train", *resume, "--eval-file", tmp_path / "other.h5")
+    assert refused(result, "--eval-file", "differs")
+    assert tree(folder) == before
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["lr"] = file["hr"] = np.zeros((50, 33, 33), np.float32)
+    result = call("train", *resume, "--train-file", tmp_path / "other.h5")
+    assert refused(result, "--train-file", "differs")
+    assert tree(folder) == before
+    assert call("train", *resume, "--train-file", tmp_path / "moved.h5").status == 0
 
 
-def test_a_run_of_an_earlier_train_py_without_an_average_goes_on(call, base, tmp_path):
-    plain = [*base, "--ema", 0, "--schedule", "constant"]
-    call("train", *plain, "--num-epochs", 3, "--outputs-dir", tmp_path / "whole")
-    call("train", *plain, "--num-epochs", 2)
-    last = tmp_path / "out/x3/last.pth"
-    torch.save(torch.load(last, weights_only=True) | {"average": None}, last)
-    assert call("train", "--resume", last, "--num-epochs", 3).status == 0
-    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+def test_a_damaged_checkpoint_is_refused(call, train_flags, folder):
+    call("train", *train_flags)
+    last = folder / "last.pth"
+    content = last.read_bytes()
+    for damaged in (b"", content[:1000], (folder / "best.pth").read_bytes()):
+        last.write_bytes(damaged)
+        assert refused(call("train", "--resume", last), "last.pth")
+    torch.save({"version": 2, "args": {}}, last)
+    assert refused(call("train", "--resume", last), "last.pth", "another version", "--init")
 
 
-def test_a_stop_at_the_very_last_step_still_ends_with_an_evaluation(
-    call, base, tmp_path, monkeypatch
+# --- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", ["step", "patches"])
+def test_only_a_lost_worker_is_reported_as_one(call, train_flags, monkeypatch, place, workers):
+    def failing(*args: object) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    if place == "step":
+        monkeypatch.setattr(train, "loss_fn", failing)
+    else:  # in the process of the run or in its workers
+        monkeypatch.setattr(H5Patches, "__getitems__", failing)
+    with pytest.raises(RuntimeError, match="CUDA error: out of memory"):
+        call("train", *train_flags, "--stream", "--num-workers", workers)
+
+
+@pytest.mark.parametrize(("steps", "lr"), [(12, 1e9), (1, 1e25)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(
+    call, train_flags, folder, steps, lr
 ):
-    call("train", *base, "--outputs-dir", tmp_path / "whole")
-    plain = train.set_learning_rate
-
-    def stop_at_the_last_step(optimizers: list, args: object, steps: int, progress: float) -> None:
-        plain(optimizers, args, steps, progress)
-        if steps == 11:
-            signal.raise_signal(signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "set_learning_rate", stop_at_the_last_step)
-        assert call("train", *base).status == 143
-    last = tmp_path / "out/x3/last.pth"
-    assert call("train", "--resume", last).status == 0
-    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
+    argv = [*train_flags[:-2], "--steps", steps, "--optimizer", "sgd", "--lr", lr]
+    result = call("train", *argv, "--schedule", "constant", "--warmup", 0)
+    assert refused(result, "--lr:", "epoch 1", f"learning rate of {lr:.2g}", "--warmup")
+    assert load_srcnn(folder / "best.pth")
 
 
-def test_resume_without_a_value_takes_the_file_in_outputs_dir(call, base, tmp_path):
-    call("train", *base)
-    result = call("train", "--outputs-dir", tmp_path / "out", "--resume", "--num-epochs", 4)
-    assert result.status == 0
-    assert len(history(tmp_path / "out/x3")) == 4
+def test_a_batch_size_that_the_processes_cannot_share_is_refused(train_flags):
+    args, _ = train.parse_args([*train_flags, "--batch-size", 5])
+    with pytest.raises(InputError, match="--batch-size: must be a multiple of the 2 processes"):
+        train.load_data(args, torch.device("cpu"), 0, 2)
 
 
-def test_contradictions_to_the_checkpoint_are_named(call, base, tmp_path):
-    call("train", *base)
-    before = tree(tmp_path / "out")
-    for flag, value in ("--lr", 0.5), ("--batch-size", 4), ("--seed", 9), ("--ema", 0):
-        result = call("train", *base, flag, value, "--resume")
-        assert refused(result, flag, "was trained with")
-    assert tree(tmp_path / "out") == before
+def test_a_missing_training_file_is_reported_in_argparses_words(call, h5_files, tmp_path):
+    result = call("train", "--eval-file", h5_files[1], "--outputs-dir", tmp_path)
+    assert refused(result, "the following arguments are required: --train-file")
+    result = call("train", "--auto-resume", "--outputs-dir", tmp_path)
+    assert refused(result, "the following arguments are required: --train-file")
+    assert tree(tmp_path) == {}
 
 
-def start(*argv: object, **kwargs: object) -> subprocess.Popen:
-    command = [sys.executable, *map(str, argv)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ONE_THREAD},
-        **kwargs,
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_the_run_goes_on_bit_for_bit(base, tmp_path, number):
-    base += ["--num-epochs", 60]
-    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "whole", env=ONE_THREAD)
-    process = start(ROOT / "train.py", *base)
-    last = tmp_path / "out/x3/last.pth"
-    wait_for(last.with_name("history.csv"), process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert f"--resume {last}" in out.splitlines()[-1]
-    assert err == ""
-    assert torch.load(last, weights_only=True)["counters"]["epoch"] < 60
-    assert spawn(ROOT / "train.py", "--resume", last, env=ONE_THREAD).returncode == 0
-    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
-    assert equal(last.with_name("best.pth"), tmp_path / "whole/x3/best.pth")
-
-
-@pytest.mark.skipif(shutil.which("nohup") is None, reason="needs nohup")
-def test_a_run_under_nohup_outlives_its_terminal(base, tmp_path):
-    command = ["nohup", sys.executable, ROOT / "train.py", *base, "--num-epochs", 60]
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(list(map(str, command)), env=os.environ | ONE_THREAD, **silent)
-    wait_for(tmp_path / "out/x3/history.csv", process)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0
-    assert len(history(tmp_path / "out/x3")) == 60
-
-
-def test_ten_kills_at_random_moments_lose_nothing(base, tmp_path):
-    base += ["--num-epochs", 80]
-    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "whole", env=ONE_THREAD)
-    last = tmp_path / "out/x3/last.pth"
-    argv = base
-    epochs = []
-    for _ in range(10):
-        process = start(ROOT / "train.py", *argv)
-        wait_for(last, process)
-        changed = last.stat().st_mtime_ns
-        while last.stat().st_mtime_ns == changed and process.poll() is None:
-            time.sleep(0.002)  # until it trains
-        time.sleep(random.uniform(0, 0.4))
-        process.kill()
-        process.communicate()
-        epochs.append(torch.load(last, weights_only=True)["counters"]["epoch"])
-        load_srcnn(last.with_name("best.pth"))
-        argv = ["--resume", last]
-    assert epochs == sorted(epochs)
-    assert epochs[0] < 80
-    assert spawn(ROOT / "train.py", "--resume", last, env=ONE_THREAD).returncode == 0
-    assert everything(last) == everything(tmp_path / "whole/x3/last.pth")
-    assert equal(last.with_name("best.pth"), tmp_path / "whole/x3/best.pth")
-    assert [row["epoch"] for row in history(last.parent)] == [str(i) for i in range(1, 81)]
-
-
-def test_a_full_disk_is_an_error_and_keeps_the_old_files(base, tmp_path):
-    assert spawn(ROOT / "train.py", *base, env=ONE_THREAD).returncode == 0
-    before = tree(tmp_path / "out")
-    result = spawn("-c", FULL_DISK, ROOT / "train.py", *base, env=ONE_THREAD)
-    assert refused(
-        (type("R", (), {"status": result.returncode, "err": result.stderr})),
-        "cannot be written",
-        "pth",
-    )
-    assert tree(tmp_path / "out") == before
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(call, base, tmp_path):
-    reckless = ["--optimizer", "sgd", "--lr", 1e9, "--schedule", "constant"]
-    result = call("train", *base, *reckless, "--warmup", 0)
-    assert refused(result, "--lr", "epoch 1", "learning rate of 1e+09", "--warmup")
-    assert load_srcnn(tmp_path / "out/x3/best.pth")
-
-
-# --- bad input ----------------------------------------------------------------------
-
-
-def test_bad_arguments_are_one_line_and_write_nothing(call, base, h5_files, tmp_path):
-    files = [*base[:4]]
+def test_bad_arguments_are_one_line_and_write_nothing(call, train_flags, h5_files, tmp_path):
     bad = [
         (["--scale", 4], "made for --scale 3"),
         (["--scale", 1], "--scale"),
         (["--lr", -1], "--lr"),
         (["--lr", "fast"], "--lr"),
+        (["--last-layer-lr", -1], "--last-layer-lr"),
         (["--batch-size", 0], "--batch-size"),
         (["--num-epochs", 0], "--num-epochs"),
         (["--minutes", 0], "--minutes"),
+        (["--steps", 1, "--minutes", 1], "not allowed with"),
         (["--ema", 1], "--ema"),
+        (["--symmetry", 8], "--symmetry"),
         (["--kernel-sizes", 9, 4, 5], "--kernel-sizes"),
         (["--kernel-sizes", 9, 5], "--kernel-sizes"),
         (["--device", "cuda:77"], "--device"),
         (["--device", "toaster"], "--device"),
         (["--optimizer", "adagrad"], "--optimizer"),
-        (["--resume", tmp_path / "no.pth"], "no.pth"),
-        (["--train-file", h5_files[1]], "no training file"),
-        (["--eval-file", h5_files[0]], "no evaluation file"),
+        (["--train-file", h5_files[1]], "not a training file"),
+        (["--eval-file", h5_files[0]], "not an evaluation file"),
         (["--train-file", tmp_path / "no.h5"], "no.h5"),
+        (["--tf32"], "--tf32"),
     ]
-    for more, words in bad:
-        assert refused(call("train", *files, "--outputs-dir", tmp_path, *more), words)
-    assert refused(call("train", "--eval-file", h5_files[1]), "--train-file")
+    for flags, words in bad:
+        argv = [*train_flags[:4], "--outputs-dir", tmp_path, *flags]
+        assert refused(call("train", *argv), words)
+    assert refused(call("train", "--resume", tmp_path / "no.pth"), "no.pth", "no such checkpoint")
     assert tree(tmp_path) == {}
-
-
-def test_a_damaged_checkpoint_is_refused(call, base, tmp_path):
-    call("train", *base)
-    last = tmp_path / "out/x3/last.pth"
-    content = last.read_bytes()
-    for damaged in (b"", content[:1000], (last.parent / "best.pth").read_bytes()):
-        last.write_bytes(damaged)
-        assert refused(call("train", "--resume", last), "last.pth")
-
-
-def test_tensorboard_gets_the_history_and_a_picture(call, base, h5_files, tmp_path):
-    result = call("train", *base, "--tensorboard")
-    assert result.status == 0, result.err
-    events = EventAccumulator(str(tmp_path / "out/x3/tensorboard")).Reload()
-    rows = history(tmp_path / "out/x3")
-    for name in ("loss", "psnr", "learning_rate", "seconds"):
-        written = [(event.step, event.value) for event in events.Scalars(name)]
-        expected = [(int(row["epoch"]), float(row[name])) for row in rows]
-        assert np.allclose(written, expected, rtol=1e-5)
-    (title,) = events.Tags()["images"]
-    picture = Image.open(io.BytesIO(events.Images(title)[-1].encoded_image_string))
-    with h5py.File(h5_files[1]) as file:
-        hr = np.asarray(file["hr/0"])
-    assert picture.size == (3 * hr.shape[1], hr.shape[0])
-    original = np.asarray(picture.convert("L"))[:, -hr.shape[1] :]
-    assert np.abs(original - hr).max() <= 1
-
-
-def test_tensorboard_says_how_to_install_it_where_it_is_not(call, base, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    result = call("train", *base, "--tensorboard")
-    assert refused(result, "--tensorboard", "pip install tensorboard")
-
-
-# --- several processes --------------------------------------------------------------
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-def test_two_processes_train_as_one(base, tmp_path):
-    base = [*base[: base.index("--num-epochs")], "--steps", 6, "--batch-size", 8]
-    spawn(ROOT / "train.py", *base, "--outputs-dir", tmp_path / "one", env=ONE_THREAD)
-    probe = tmp_path / "probe.py"  # train.py, and then what each rank holds
-    probe.write_text(
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import torch, train\n"
-        "models, initial_model = [], train.initial_model\n"
-        "train.initial_model = lambda *args: models.append(initial_model(*args)) or models[0]\n"
-        "status = train.main(*train.parse_args())\n"
-        "tasks = os.listdir('/proc/self/task')\n"
-        "threads = [open(f'/proc/self/task/{task}/comm').read() for task in tasks]\n"
-        "assert not [name for name in threads if 'gloo' in name], threads\n"
-        f"path = {str(tmp_path)!r} + '/rank' + os.environ['RANK']\n"
-        "torch.save(models[0].state_dict(), path)\n"
-        "sys.exit(status)\n"
-    )
-    result = spawn(*TORCHRUN, probe, *base, "--outputs-dir", tmp_path / "two", env=ONE_THREAD)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch 1 ") == 1  # only one rank prints
-    ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
-    alone, shared = (
-        torch.load(tmp_path / name / "x3/last.pth", weights_only=True) for name in ("one", "two")
-    )
-    assert alone["counters"]["steps"] == shared["counters"]["steps"] == 6
-    alone, untrained = alone["model"], SRCNN(1, (8, 4), (5, 3, 5))
-    assert list(ranks[0]) == list(untrained.state_dict())
-    for name in alone:
-        assert torch.equal(ranks[0][name], ranks[1][name])
-        assert (ranks[0][name] - alone[name]).abs().max() < 1e-5
-    psnr = [float(history(tmp_path / d / "x3")[0]["psnr"]) for d in ("one", "two")]
-    assert psnr[0] == pytest.approx(psnr[1], abs=1e-3)
-
-
-def test_a_killed_worker_ends_the_job_and_a_resume_goes_on(base, tmp_path):
-    base += ["--num-epochs", 2000]
-    process = start(*TORCHRUN, ROOT / "train.py", *base)
-    last = tmp_path / "out/x3/last.pth"
-    wait_for(last.with_name("history.csv"), process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    done = torch.load(last, weights_only=True)["counters"]["epoch"]
-    argv = ["--resume", last, "--num-epochs", done + 1]
-    result = spawn(*TORCHRUN, ROOT / "train.py", *argv, env=ONE_THREAD)
-    assert result.returncode == 0, result.stderr
-    assert len(history(last.parent)) == done + 1
-
-
-def test_two_processes_agree_on_when_the_time_is_up(base, tmp_path):
-    at = base.index("--num-epochs")
-    argv = [*base[:at], "--minutes", 0.03]
-    result = spawn(*TORCHRUN, ROOT / "train.py", *argv, env=ONE_THREAD)
-    assert result.returncode == 0, result.stderr
-    assert float(history(tmp_path / "out/x3")[-1]["seconds"]) >= 1.8
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused(base, tmp_path):
-    result = spawn(*TORCHRUN, ROOT / "train.py", *base, "--batch-size", 5, env=ONE_THREAD)
-    assert result.returncode != 0
-    assert "--batch-size: must be a multiple of the 2 processes" in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-# --- the real images ----------------------------------------------------------------
-
-
-def test_the_kept_score_is_rounded_and_shaved():
-    torch.manual_seed(3)
-    model = SRCNN(filters=(8, 4), kernel_sizes=(5, 3, 5), init="default")
-    ilr, hr = noise(30, 30), np.rint(noise(30, 30, seed=1))
-    score = train.evaluate(model, [Pair(ilr, hr)], 4)
-    expected = np.clip(np.floor(restore(model, ilr) + 0.5), 0, 255)
-    mse = np.mean((expected - hr)[4:-4, 4:-4].astype(np.float64) ** 2)
-    assert score == pytest.approx(10 * np.log10(255**2 / mse), abs=1e-6)
-
-
-@needs_data
-def test_the_commands_of_the_forks_readme_run_unchanged(tmp_path):
-    data = ROOT / "data"
-    h5 = {name: tmp_path / f"{name}_x3.h5" for name in ("91-image", "Set5")}
-    prepare = ["prepare.py", "--scale", 3, "--output-path"]
-    train = [
-        "--lr",
-        "1e-4",
-        "--batch-size",
-        "16",
-        "--num-epochs",
-        "1",
-        "--num-workers",
-        "8",
-        "--seed",
-        "123",
-    ]
-    (tmp_path / "some").mkdir()
-    for i in range(1, 5):
-        (tmp_path / "some" / f"t{i}.bmp").symlink_to(data.resolve() / "T91" / f"t{i}.bmp")
-    train = [*train, "--train-file", h5["91-image"], "--eval-file", h5["Set5"]]
-    train = ["train.py", "--outputs-dir", tmp_path / "outputs", "--scale", 3, *train]
-    best = tmp_path / "outputs" / "x3" / "best.pth"
-    (tmp_path / "butterfly.bmp").write_bytes((data / "Set5/butterfly_GT.bmp").read_bytes())
-    commands = [
-        [
-            *prepare,
-            h5["91-image"],
-            "--images-dir",
-            tmp_path / "some",
-            "--patch-size",
-            33,
-            "--stride",
-            14,
-        ],
-        [*prepare, h5["Set5"], "--images-dir", data / "Set5", "--eval"],
-        train,
-        [
-            "test.py",
-            "--weights-file",
-            best,
-            "--image-file",
-            tmp_path / "butterfly.bmp",
-            "--scale",
-            3,
-        ],
-    ]
-    for script, *argv in commands:
-        result = spawn(ROOT / script, *argv)
-        assert result.returncode == 0, result.stderr
-    assert (tmp_path / "butterfly_srcnn_x3.png").is_file()

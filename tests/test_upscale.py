@@ -1,8 +1,10 @@
-"""test.py: upscaling any image, the paper's evaluation, comparison images, export to ONNX."""
+"""test.py: upscaling any image, names of results, evaluation, comparison images, ONNX."""
 
 import csv
 import io
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import test as test_script
 from conftest import DATA, FULL_DISK, ROOT, needs_data, noise, refused, spawn, tree
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 from skimage import metrics
 
 from models import SRCNN, load_srcnn, restore, upscale
@@ -36,6 +39,11 @@ def rounded(levels: np.ndarray) -> np.ndarray:
     return np.clip(np.floor(np.asarray(levels, np.float64) + 0.5), 0, 255)
 
 
+def nearly_equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether grey levels are equal but for a few that were rounded the other way."""
+    return np.abs(a - b).max() <= 1 and np.mean(a == b) > 0.99
+
+
 def read_scores(path: Path) -> list[dict]:
     """Return the rows of --csv."""
     with path.open() as file:
@@ -50,7 +58,10 @@ def test_network_restores_luma_and_bicubic_upscales_chroma(call, photo_path, wei
     argv = ["--image-file", photo_path, "--scale", scale, "--weights-file", weights]
     result = call("test", *argv, "--back-projection", 0)
     target = photo_path.with_name(f"photo.v1_srcnn_x{scale}.png")
-    assert (result.status, result.out.strip()) == (0, str(target))
+    sizes = f"90 x 120 -> {90 * scale} x {120 * scale}"
+    applied = f"small.pth x{scale}, back-projection 0"
+    assert re.fullmatch(re.escape(f"{target}  {sizes}  {applied}  ") + r"\d+\.\d s\n", result.out)
+    assert (result.status, result.err) == (0, "")
     rgb = pixels(photo_path).transpose(2, 0, 1)
     ycbcr = resize(rgb_to_ycbcr(rgb), (120 * scale, 90 * scale))
     ycbcr[0] = restore(load_srcnn(weights), ycbcr[0])
@@ -61,9 +72,9 @@ def test_network_restores_luma_and_bicubic_upscales_chroma(call, photo_path, wei
 
 
 def test_without_flags_the_bundled_image_is_upscaled(call, tmp_path):
-    width, height = Image.open(ROOT / "assets" / "chart.png").size
-    assert call("test", "--output", tmp_path / "chart.png").status == 0
-    assert Image.open(tmp_path / "chart.png").size == (3 * width, 3 * height)
+    width, height = Image.open(ROOT / "assets" / "astronaut.png").size
+    assert call("test", "--output", tmp_path / "out.png").status == 0
+    assert Image.open(tmp_path / "out.png").size == (3 * width, 3 * height)
 
 
 def test_default_weights_are_found_from_any_folder(photo_path):
@@ -115,7 +126,7 @@ def test_other_modes_look_like_the_input(call, tmp_path, photo, mode, suffix, ex
     path = tmp_path / f"in{suffix}"
     image = Image.fromarray(photo)
     (image.quantize() if mode == "P" else image.convert(mode)).save(path)
-    result = call("test", "--image-file", path, "--scale", 3)
+    result = call("test", "--image-file", path, "--scale", 3, "--network", "9-5-5")
     assert result.status == 0, result.err
     upscaled = Image.open(tmp_path / "in_srcnn_x3.png")
     assert upscaled.mode == expected
@@ -197,7 +208,8 @@ def test_orientation_is_applied_and_profile_and_resolution_are_copied(call, tmp_
     properties = {"dpi": (300, 300), "icc_profile": profile}
     Image.fromarray(photo).save(tmp_path / "in.jpg", exif=exif, **properties)
     output = tmp_path / "out.jpg"
-    assert call("test", "--image-file", tmp_path / "in.jpg", "--output", output).status == 0
+    argv = "--image-file", tmp_path / "in.jpg", "--output", output, "--network", "9-5-5"
+    assert call("test", *argv).status == 0
     upscaled = Image.open(output)
     assert upscaled.size == (360, 270)  # rotated by 90 degrees
     assert upscaled.getexif().get(0x0112, 1) == 1
@@ -262,10 +274,21 @@ def test_files_and_folders_are_upscaled_and_bad_files_reported(call, photo_path,
     assert sorted(tree(tmp_path / "out")) == names
 
 
-def test_results_in_a_folder_are_not_upscaled_again(call, photo_path):
-    argv = "--image-file", photo_path.parent, "--scale", 2
+SIZES = [
+    (("--scale", 2), "x2"),
+    (("--outscale", 1.5), "x1.5"),
+    (("--width", 180), "w180"),
+    (("--height", 130), "h130"),
+]
+
+
+@pytest.mark.parametrize(("flags", "suffix"), SIZES)
+def test_results_in_a_folder_are_not_upscaled_again(call, photo_path, flags, suffix):
+    folder = photo_path.parent
+    argv = folder, *flags, "--ext", "bmp", "--save-images", folder / "seen"
     assert call("test", *argv).status == call("test", *argv).status == 0
-    assert sorted(tree(photo_path.parent)) == ["photo.v1.png", "photo.v1_srcnn_x2.png"]
+    names = ["photo.v1.png", f"photo.v1_srcnn_{suffix}.bmp"]
+    assert sorted(tree(folder)) == [*names, f"seen/photo.v1_comparison_{suffix}.png"]
 
 
 def test_inputs_are_not_overwritten(call, photo_path, tmp_path):
@@ -286,11 +309,462 @@ def test_floating_point_inputs_are_not_overwritten(call, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_two_images_with_the_same_result_are_refused(call, photo_path, tmp_path):
-    twin = tmp_path / "photo.v1.bmp"
-    Image.open(photo_path).save(twin)
-    result = call("test", "--image-file", photo_path, twin, "--scale", 2)
-    assert refused(result, str(twin), "would overwrite")
+# --- names of results -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(call, weights, tmp_path, monkeypatch):
+    """Upscale with a small network at x2 in tmp_path; return the result and the new files."""
+    monkeypatch.chdir(tmp_path)
+
+    def batch(*argv: object, status: int = 0) -> tuple:
+        before = tree(Path())
+        result = call("test", "--weights-file", weights, "--scale", 2, *argv)
+        assert result.status == status, result.err
+        return result, sorted(tree(Path()).keys() - before.keys())
+
+    return batch
+
+
+def save_images(photo: np.ndarray, *names: str) -> None:
+    """Write 12 x 9 pixels of a photograph; each file shows another part."""
+    for i, name in enumerate(names):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[7 * i : 7 * i + 9, 6 * i : 6 * i + 12]).save(name)
+
+
+def shows(result: str | Path, image: str | Path) -> bool:
+    """Return whether a result, downscaled to the image's size, has nearly its values."""
+    original = Image.open(image).convert("RGB")
+    downscaled = Image.open(result).convert("RGB").resize(original.size, Image.Resampling.BOX)
+    return np.abs(np.asarray(downscaled).astype(int) - np.asarray(original)).mean() < 6
+
+
+NAMES = {  # images: what is named on the command line, and the results
+    "one file": (["a/1.png"], ["a/1.png"], ["out/1_srcnn_x2.png"]),
+    "a folder": (["a/1.png", "a/2.png"], ["a"], ["out/1_srcnn_x2.png", "out/2_srcnn_x2.png"]),
+    "subfolders": (
+        ["a/1.png", "a/b/1.png", "a/b/c/1.png"],
+        ["a"],
+        ["out/1_srcnn_x2.png", "out/b/1_srcnn_x2.png", "out/b/c/1_srcnn_x2.png"],
+    ),
+    "two folders with equal names": (
+        ["ch1/001.png", "ch2/001.png"],
+        ["ch1", "ch2"],
+        ["out/ch1/001_srcnn_x2.png", "out/ch2/001_srcnn_x2.png"],
+    ),
+    "two files with equal names": (
+        ["ch1/001.png", "ch2/001.png"],
+        ["ch1/001.png", "ch2/001.png"],
+        ["out/ch1/001_srcnn_x2.png", "out/ch2/001_srcnn_x2.png"],
+    ),
+    "two folders with equal subfolders": (
+        ["a/sub/1.png", "b/sub/1.png"],
+        ["a", "b"],
+        ["out/a/sub/1_srcnn_x2.png", "out/b/sub/1_srcnn_x2.png"],
+    ),
+    "equal names with different extensions": (
+        ["a/brick.tga", "a/brick.bmp", "a/wall.bmp"],
+        ["a"],
+        ["out/brick.tga_srcnn_x2.png", "out/brick.bmp_srcnn_x2.png", "out/wall_srcnn_x2.png"],
+    ),
+    "equal names in two folders and with different extensions": (
+        ["a/1.png", "b/1.png", "b/1.bmp"],
+        ["a", "b"],
+        ["out/a/1_srcnn_x2.png", "out/b/1.png_srcnn_x2.png", "out/b/1.bmp_srcnn_x2.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_subfolders_are_mirrored_and_no_two_results_have_one_name(batch, photo, case):
+    images, named, results = NAMES[case]
+    save_images(photo, *images)
+    result, new = batch(*named, "--output", "out", "--save-images", "seen")
+    comparisons = [r.replace("out/", "seen/").replace("_srcnn_", "_comparison_") for r in results]
+    assert (result.err, new) == ("", sorted([*results, *comparisons]))
+    for image, upscaled, comparison in zip(images, results, comparisons, strict=True):
+        assert shows(upscaled, image)
+        _, (_, height) = (Image.open(comparison).size, Image.open(upscaled).size)
+        srcnn = Image.open(comparison).crop((24, 16, 48, 16 + height))
+        assert np.array_equal(np.asarray(srcnn), pixels(Path(upscaled)))
+
+
+def test_comparisons_of_an_evaluation_are_named_as_results_are(batch, photo):
+    images = ["a/b/1.png", "a/brick.tga", "a/brick.bmp"]
+    for i, name in enumerate(images):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo[8 * i : 8 * i + 30, :40]).save(name)
+    result, new = batch("--eval", "a", "--save-images", "seen")
+    methods = "bicubic", "comparison", "srcnn"
+    stems = "b/1", "brick.bmp", "brick.tga"
+    assert new == [f"seen/{stem}_{method}_x2.png" for stem in stems for method in methods]
+    assert [line.split()[0] for line in result.out.splitlines()[1:-1]] == sorted(
+        name.removeprefix("a/") for name in images
+    )
+
+
+def test_results_beside_images_of_equal_names_keep_the_extension(batch, photo):
+    save_images(photo, "a/brick.tga", "a/brick.bmp", "b/brick.bmp")
+    _, new = batch("a", "b")
+    names = ["a/brick.bmp_srcnn_x2.png", "a/brick.tga_srcnn_x2.png", "b/brick_srcnn_x2.png"]
+    assert new == names
+    for name, image in zip(names, ["a/brick.bmp", "a/brick.tga", "b/brick.bmp"], strict=True):
+        assert shows(name, image)
+
+
+def test_linked_folders_are_followed_once_and_a_loop_ends(batch, photo):
+    save_images(photo, "elsewhere/1.png", "a/2.png", "a/sub/3.png")
+    Path("a/linked").symlink_to("../elsewhere")
+    Path("a/sub/loop").symlink_to("..")
+    Path("a/self").symlink_to(".")
+    Path("elsewhere/back").symlink_to("../a")
+    _, new = batch("a", "--output", "out")
+    assert new == [f"out/{stem}_srcnn_x2.png" for stem in ("2", "linked/1", "sub/3")]
+
+
+@pytest.mark.parametrize("ext", ["png", "jpg", "jpeg", "webp", "tif", "bmp", "avif", "JPG"])
+def test_ext_is_the_format_of_all_results(batch, photo, ext):
+    if ext == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    for name, values in ("a/1.bmp", photo), ("a/b/2.png", photo[..., 0]):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(name)
+    batch("a", "--output", "out")
+    _, new = batch("a", "--output", "other", "--ext", ext)
+    assert new == [f"other/1_srcnn_x2.{ext}", f"other/b/2_srcnn_x2.{ext}"]
+    for name in new:
+        image = Image.open(name)
+        assert image.format == Image.registered_extensions()[f".{ext.lower()}"]
+        exact = Image.open(name.replace("other", "out").replace(ext, "png"))
+        error = pixels(Path(name)) - np.asarray(exact.convert(image.mode)).astype(float)
+        if ext in ("png", "tif", "bmp", "webp"):
+            assert not error.any()
+        assert np.mean(error**2) < 255**2 / 10**4.4  # 44 dB
+    assert sorted(tree(Path("a"))) == ["1.bmp", "b/2.png"]
+    _, new = batch("a", "--ext", ext)  # beside the images
+    assert new == [f"a/1_srcnn_x2.{ext}", f"a/b/2_srcnn_x2.{ext}"]
+
+
+def test_ext_that_cannot_be_written_or_cannot_store_an_image_is_refused(batch, photo):
+    save_images(photo, "a/1.png")
+    result, new = batch("a", "--ext", "xyz", status=2)
+    assert refused(result, "a/1_srcnn_x2.xyz", "use .png") and not new
+    Image.fromarray(np.dstack([photo, photo])[..., :4]).save("a/1.png")
+    result, new = batch("a", "--ext", "jpg", status=2)
+    assert refused(result, "a/1_srcnn_x2.jpg", "use .png") and not new
+    Image.fromarray(noise(20, 20)).save("float.tif")
+    result, new = batch("float.tif", "--ext", "png", status=2)
+    assert refused(result, "float_srcnn_x2.png", "use .tif") and not new
+    _, new = batch("float.tif", "--ext", "tif")
+    assert new == ["float_srcnn_x2.tif"]
+
+
+def test_a_leading_dot_of_ext_is_ignored(batch, photo):
+    save_images(photo, "1.png")
+    _, new = batch("1.png", "--ext", ".bmp")
+    assert new == ["1_srcnn_x2.bmp"]
+
+
+def test_skip_existing_writes_only_missing_results(batch, photo):
+    save_images(photo, "a/1.png", "a/b/2.png", "a/3.bmp", "a/4.png")
+    Image.fromarray(noise(20, 20)).save("a/float.tif")  # its result is no PNG
+    argv = "a", "--output", "out", "--skip-existing"
+    result, new = batch(*argv)
+    assert result.out.splitlines()[-1] == "5 written, 0 skipped, 0 failed; 0 other files ignored"
+    stamps = {}
+    for name in new:
+        os.utime(name, (10, 10))
+        stamps[name] = Path(name).stat().st_ino, 10, Path(name).read_bytes()
+    Path("out/4_srcnn_x2.png").unlink()
+    save_images(photo[::-1], "a/1.png")  # an existing result is not compared with its image
+    result, again = batch(*argv)
+    assert again == ["out/4_srcnn_x2.png"]
+    assert result.out.splitlines()[-1] == "1 written, 4 skipped, 0 failed; 0 other files ignored"
+    assert len(result.out.splitlines()) == 2
+    for name in new:
+        if name != "out/4_srcnn_x2.png":
+            stat = Path(name).stat()
+            assert (stat.st_ino, stat.st_mtime, Path(name).read_bytes()) == stamps[name], name
+    Path("a/4.png").write_bytes(b"an image that is skipped is not read")
+    result, new = batch(*argv)
+    assert (result.err, new) == ("", [])
+    assert result.out == "0 written, 5 skipped, 0 failed; 0 other files ignored\n"
+    result, _ = batch("a", "--output", "out", status=2)  # without the flag all are written
+    assert result.out.splitlines()[-1].startswith("4 written, 0 skipped, 1 failed")
+
+
+def test_the_summary_counts_written_failed_and_ignored_files(batch, photo):
+    save_images(photo, "a/1.png", "a/2.png", "a/3.png", "a/b/4.png", "a/.hidden.png")
+    for name in "a/bad.png", "a/b/bad.jpg", "a/notes.txt", "a/b/table.csv", "a/4_srcnn_x2.png":
+        Path(name).write_bytes(b"not an image")
+    result, new = batch("a", "--output", "out", status=2)
+    assert len(new) == 4
+    first, second = result.err.splitlines()
+    assert "error: a/b/bad.jpg: " in first and "error: a/bad.png: " in second
+    *lines, summary = result.out.splitlines()
+    assert len(lines) == 4
+    assert summary == "4 written, 0 skipped, 2 failed; 4 other files ignored"
+    result, _ = batch("a/1.png", "--output", "out/")
+    assert len(result.out.splitlines()) == 1  # one image needs no summary
+
+
+def test_images_are_positional_or_follow_a_flag(batch, photo):
+    save_images(photo, "1.png", "2.png", "3.png", "4.png")
+    spellings = [
+        ("1.png", "2.png", "--scale", 2, "--output", "out"),
+        ("-s", 2, "-o", "out", "1.png", "2.png"),
+        ("-i", "1.png", "2.png", "-s", 2, "-o", "out"),
+        ("--input", "1.png", "2.png", "-o", "out"),
+        ("--image-file", "1.png", "2.png", "--output", "out"),
+        ("1.png", "-o", "out", "-i", "2.png"),
+    ]
+    contents = []
+    for argv in spellings:
+        _, new = batch(*argv)
+        assert new == ["out/1_srcnn_x2.png", "out/2_srcnn_x2.png"], argv
+        contents.append(tree(Path("out")))
+        shutil.rmtree("out")
+    assert all(content == contents[0] for content in contents)
+
+
+# --- size of results ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "size", "scale"),
+    [
+        ("--width", 180, (180, 240), 2),
+        ("--width", 200, (200, 267), 3),
+        ("--height", 200, (150, 200), 2),
+        ("--height", 480, (360, 480), 4),
+        ("--width", 91, (91, 121), 2),
+        ("--width", 45, (45, 60), 2),
+        ("--height", 1, (1, 1), 2),
+    ],
+)
+def test_width_or_height_is_that_of_the_result(call, photo_path, flag, value, size, scale):
+    result = call("test", photo_path, flag, value)
+    assert (result.status, result.err) == (0, "")
+    name = f"photo.v1_srcnn_{flag[2]}{value}.png"
+    assert sorted(tree(photo_path.parent)) == ["photo.v1.png", name]
+    upscaled = Image.open(photo_path.with_name(name))
+    assert upscaled.size == size
+    words = f"  90 x 120 -> {size[0]} x {size[1]}  9-5-5 x{scale}, back-projection 1  "
+    assert words in result.out
+    model = load_srcnn(ROOT / "weights" / f"srcnn_x{scale}.pth")
+    whole = upscale(Image.open(photo_path), model, scale)
+    if whole.size != size:
+        whole = whole.resize(size, Image.Resampling.BICUBIC)
+    assert nearly_equal(np.asarray(upscaled, np.float64), np.asarray(whole))
+
+
+def test_images_of_different_sizes_get_one_width_or_height(call, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, width, height in ("a", 90, 60), ("b", 45, 80), ("c", 30, 20):
+        Image.fromarray(photo[:height, :width]).save(f"{name}.png")
+    result = call("test", *"abc", "--width", 90, "--output", "none")  # no such files
+    assert result.status == 2 and not Path("none").exists()
+    result = call("test", "a.png", "b.png", "c.png", "--width", 90, "--output", "out")
+    assert (result.status, result.err) == (0, "")
+    sizes = [Image.open(f"out/{name}_srcnn_w90.png").size for name in "abc"]
+    assert sizes == [(90, 60), (90, 160), (90, 60)]
+    scales = [line.split()[8:10] for line in result.out.splitlines()[:-1]]
+    assert scales == [["9-5-5", "x2,"], ["9-5-5", "x2,"], ["9-5-5", "x3,"]]
+    result = call("test", "a.png", "b.png", "c.png", "--height", 120, "--output", "high")
+    assert refused(result, "error: c.png: ")  # the others are upscaled
+    sizes = [Image.open(f"high/{name}_srcnn_h120.png").size for name in "ab"]
+    assert sizes == [(180, 120), (68, 120)]
+    assert len(tree(Path("high"))) == 2
+
+
+@pytest.mark.parametrize("flag", ["--width", "--height"])
+def test_a_size_beyond_the_networks_is_one_line(call, photo_path, weights, flag):
+    side = {"--width": 90, "--height": 120}[flag]
+    before = tree(photo_path.parent)
+    assert refused(call("test", photo_path, flag, 4 * side + 1), str(photo_path), flag)
+    assert refused(call("test", photo_path, flag, 2 * side + 1, "--scale", 2), "--scale 2")
+    for value in 0, -5, 2.5, "many":
+        assert refused(call("test", photo_path, flag, value), flag)
+    assert tree(photo_path.parent) == before
+    assert call("test", photo_path, flag, 4 * side).status == 0
+
+
+def test_a_fractional_scale_points_to_outscale(call, photo_path):
+    assert refused(call("test", photo_path, "--scale", 2.5), "--scale", "use --outscale 2.5")
+    assert call("test", photo_path, "--outscale", 2.5).status == 0
+    assert Image.open(photo_path.with_name("photo.v1_srcnn_x2.5.png")).size == (225, 300)
+
+
+# --- seamless textures ----------------------------------------------------------------------
+
+
+def periodic(height: int, width: int, channels: int) -> np.ndarray:
+    """Return a texture of waves whose left and right, top and bottom edges fit, with contrast."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.default_rng(5)
+    planes = []
+    for _ in range(channels):
+        waves = sum(
+            np.sin(2 * np.pi * (i * y / height + j * x / width) + rng.uniform(0, 6)) / (i + j)
+            for i, j in ((1, 2), (3, 1), (2, 5), (6, 3), (0, 7))
+        )
+        planes.append(np.where(waves > 0, 200 + 20 * waves, 60 + 20 * waves))
+    values = np.stack(planes, -1).clip(0, 255).astype(np.uint8)
+    return values if channels > 1 else values[..., 0]
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "I;16"])
+def test_wrapped_edges_keep_a_texture_seamless(scale, kind):
+    model = load_srcnn(ROOT / "weights" / f"srcnn_x{scale}.pth")
+    texture = periodic(24, 31, {"L": 1, "I;16": 1}.get(kind, len(kind)))
+    level = 257 if kind == "I;16" else 1
+    if kind == "I;16":
+        texture = texture.astype(np.uint16) * 257
+    repeats = (2, 2, 1)[: texture.ndim]
+    periods = np.tile(texture, repeats)
+    whole = np.asarray(upscale(Image.fromarray(texture), model, scale, edges="wrap")).astype(int)
+    both = np.asarray(upscale(Image.fromarray(periods), model, scale, edges="wrap")).astype(int)
+    assert np.abs(both - np.tile(whole, repeats)).max() <= level
+    # Without wrapping, the middle of many periods has the same values.
+    many = np.tile(texture, (3, 3, 1)[: texture.ndim])
+    middle = np.asarray(upscale(Image.fromarray(many), model, scale)).astype(int)
+    height, width = 24 * scale, 31 * scale
+    assert np.abs(middle[height:-height, width:-width] - whole).max() <= level
+    plain = np.asarray(upscale(Image.fromarray(texture), model, scale)).astype(int)
+    assert np.abs(plain - whole).max() > 10 * level  # the default repeats the edge
+
+
+@pytest.mark.parametrize("flags", [(), ("--outscale", 2.5), ("--width", 78), ("--self-ensemble",)])
+def test_tile_edges_wrap_gives_a_seamless_file(call, tmp_path, flags):
+    texture = periodic(24, 36, 3)
+    Image.fromarray(texture).save(tmp_path / "one.png")
+    Image.fromarray(np.tile(texture, (1, 2, 1))).save(tmp_path / "two.png")
+    argv = "test", "--tile-edges", "wrap", "--output"
+    assert call(*argv, tmp_path / "1.png", tmp_path / "one.png", *flags).status == 0
+    flags = ("--width", 156) if flags[:1] == ("--width",) else flags
+    assert call(*argv, tmp_path / "2.png", tmp_path / "two.png", *flags).status == 0
+    one, two = pixels(tmp_path / "1.png"), pixels(tmp_path / "2.png")
+    assert np.abs(two - np.tile(one, (1, 2, 1))).max() <= 1
+
+
+def test_an_image_smaller_than_the_networks_halo_is_wrapped(weights):
+    model = load_srcnn(ROOT / "weights" / "srcnn_x2.pth")
+    texture = periodic(24, 31, 1)[:2, :3]
+    one = np.asarray(upscale(Image.fromarray(texture), model, 2, edges="wrap")).astype(int)
+    many = np.asarray(upscale(Image.fromarray(np.tile(texture, (12, 10))), model, 2, edges="wrap"))
+    assert one.shape == (4, 6)
+    assert np.abs(many - np.tile(one, (12, 10))).max() <= 1
+
+
+# --- the network for each image -------------------------------------------------------------
+
+
+@pytest.fixture
+def photo_network(tmp_path, monkeypatch) -> Path:
+    """A folder weights/ with 9-5-5, 9-1-5 and small `photo` weights at x2 and x3."""
+    folder = tmp_path / "root" / "weights"
+    folder.mkdir(parents=True)
+    torch.manual_seed(4)
+    for scale in 2, 3:
+        for name in "srcnn", "srcnn_9-1-5":
+            shutil.copy(ROOT / "weights" / f"{name}_x{scale}.pth", folder)
+        model = SRCNN(3, (8, 6), (5, 3, 5))
+        model.conv3.weight.data += 0.02 * torch.randn(model.conv3.weight.shape)
+        state = model.state_dict()
+        state._metadata["srcnn"] = {"degradation": "jpeg", "jpeg": [25, 95], "scale": scale}
+        torch.save(state, folder / f"srcnn_photo_x{scale}.pth")
+    monkeypatch.setattr(test_script, "ROOT", tmp_path / "root")
+    return folder
+
+
+CHOICES = [  # how an image is saved, flags, and what the line names
+    ("a.jpg", {"quality": 60}, (), "photo x2 for JPEG of quality 60, back-projection 0"),
+    ("a.jpg", {"quality": 15}, (), "photo x2 for JPEG of quality 15, back-projection 0"),
+    ("a.jpeg", {"quality": 94}, (), "photo x2 for JPEG of quality 94, back-projection 0"),
+    (
+        "a.jpg",
+        {"quality": 75, "subsampling": 0, "progressive": True},
+        (),
+        "photo x2 for JPEG of quality 75, back-projection 0",
+    ),
+    (
+        "a.png",  # a JPEG with a wrong extension
+        {"quality": 60, "format": "JPEG"},
+        (),
+        "photo x2 for JPEG of quality 60, back-projection 0",
+    ),
+    ("a.jpg", {"quality": 95}, (), "9-5-5 x2, back-projection 1"),
+    ("a.jpg", {"quality": 98}, (), "9-5-5 x2, back-projection 1"),
+    ("a.jpg", {"quality": 100}, (), "9-5-5 x2, back-projection 1"),
+    ("a.png", {}, (), "9-5-5 x2, back-projection 1"),
+    ("a.webp", {"quality": 60}, (), "9-5-5 x2, back-projection 1"),
+    ("a.tif", {}, (), "9-5-5 x2, back-projection 1"),
+    ("a.jpg", {"quality": 60}, ("--network", "9-5-5"), "9-5-5 x2, back-projection 1"),
+    ("a.jpg", {"quality": 60}, ("--network", "9-1-5"), "9-1-5 x2, back-projection 1"),
+    ("a.jpg", {"quality": 98}, ("--network", "photo"), "photo x2, back-projection 0"),
+    ("a.png", {}, ("--network", "photo"), "photo x2, back-projection 0"),
+    (
+        "a.jpg",
+        {"quality": 60},
+        ("--back-projection", 2),
+        "photo x2 for JPEG of quality 60, back-projection 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "flags", "line"), CHOICES)
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_compressed_jpeg_images_get_the_photo_network(
+    call, photo, photo_network, tmp_path, name, options, flags, line, mode
+):
+    Image.fromarray(photo).convert(mode).save(tmp_path / name, **options)
+    output = tmp_path / "out.png"
+    result = call("test", tmp_path / name, "--scale", 2, "--output", output, *flags)
+    assert (result.status, result.err) == (0, "")
+    assert f"{output}  90 x 120 -> 180 x 240  {line}  " in result.out
+    network, steps = line.split()[0], int(line.split()[-1])
+    file = {"photo": "srcnn_photo", "9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5"}[network]
+    model = load_srcnn(photo_network / f"{file}_x2.pth")
+    expected = upscale(Image.open(tmp_path / name), model, 2, back_projection=steps)
+    assert nearly_equal(pixels(output), np.asarray(expected))
+
+
+def test_each_image_of_a_folder_gets_its_network(call, photo, photo_network, tmp_path):
+    for name, quality in ("a.jpg", 50), ("b.jpg", 97), ("c.jpg", 80), ("d.png", None):
+        options = {"quality": quality} if quality else {}
+        Image.fromarray(photo).save(tmp_path / name, **options)
+    result = call("test", *sorted(tmp_path.glob("?.*")), "--output", tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    lines = result.out.splitlines()[:-1]
+    networks = [re.search(r"  (\S+ x3.*), back", line)[1] for line in lines]
+    photo_50, photo_80 = (f"photo x3 for JPEG of quality {quality}" for quality in (50, 80))
+    assert networks == [photo_50, "9-5-5 x3", photo_80, "9-5-5 x3"]
+
+
+def test_weights_of_a_file_and_an_evaluation_choose_no_network(
+    call, photo, photo_network, tmp_path, weights
+):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=40)
+    result = call("test", tmp_path / "a.jpg", "--scale", 2, "--weights-file", weights)
+    assert (result.status, result.err) == (0, "")
+    assert "  small.pth x2, back-projection 1  " in result.out
+    argv = "test", "--eval", tmp_path / "a.jpg", "--scale", 2, "--csv", tmp_path / "s.csv"
+    assert call(*argv).status == 0
+    (default,) = read_scores(tmp_path / "s.csv")
+    assert call(*argv, "--network", "9-5-5").status == 0
+    assert read_scores(tmp_path / "s.csv") == [default]
+    assert call(*argv, "--network", "photo").status == 0
+    assert read_scores(tmp_path / "s.csv") != [default]
+
+
+def test_a_scale_without_photo_weights_lists_the_available_scales(
+    call, photo, photo_network, tmp_path
+):
+    Image.fromarray(photo).save(tmp_path / "a.jpg", quality=40)
+    result = call("test", tmp_path / "a.jpg", "--scale", 4)
+    assert refused(result, "a.jpg", "--scale 4", "there are weights for 2, 3")
 
 
 # --- bad input ------------------------------------------------------------------------------
@@ -339,7 +813,7 @@ def test_extension_that_cannot_be_written_is_refused(call, photo_path, tmp_path,
 def test_output_without_extension_is_a_folder(call, photo_path, tmp_path):
     output = tmp_path / "folder" / "x"
     result = call("test", "--image-file", photo_path, "--output", output)
-    assert (result.status, Path(result.out.strip()).parent) == (0, output)
+    assert (result.status, Path(result.out.split()[0]).parent) == (0, output)
     assert sorted(tree(output)) == ["photo.v1_srcnn_x3.png"]
 
 
@@ -412,9 +886,12 @@ def test_full_disk_is_one_line_and_the_old_file_remains(photo_path, tmp_path, na
         (["--csv", "x.csv"], ["--csv", "--eval"]),
         (["--lr-dir", "LR"], ["--lr-dir", "--eval"]),
         (["--results", "out"], ["--results", "--eval"]),
-        (["--save-images", "out"], ["--save-images", "--eval"]),
-        (["--eval", "--results", "out", "--save-images", "x"], ["--save-images", "--results"]),
+        (["--jpeg", "40"], ["--jpeg", "--eval"]),
         (["--eval", "--outscale", "2.5"], ["--outscale", "--eval"]),
+        (["--eval", "--width", "250"], ["--width", "--eval"]),
+        (["--eval", "--height", "250"], ["--height", "--eval"]),
+        (["--width", "250", "--height", "250"], ["--width", "--height"]),
+        (["--width", "250", "--outscale", "2.5"], ["--width", "--outscale"]),
         (["--scale", "2", "--outscale", "2.5"], ["--outscale 2.5", "scale 2"]),
         (["--network", "rgb", "--weights-file", "x.pth"], ["--network", "--weights-file"]),
         (["--half", "--device", "cpu"], ["--half"]),
@@ -544,20 +1021,39 @@ def test_bicubic_scores_are_the_papers_and_ours_the_readmes(call, name, scale):
 
 
 @needs_data
-def test_rgb_network_scores_the_greyscale_image_of_set14_as_luma_networks_do(call, tmp_path):
-    argv = "test", "--eval", "--scale", 3, "--csv", tmp_path / "scores.csv", "--image-file"
-    result = call(*argv, DATA / "Set14", "--network", "rgb")
-    rows = {row["image"]: row for row in read_scores(tmp_path / "scores.csv")}
-    assert call(*argv, DATA / "Set14" / "bridge.bmp").status == 0
-    (luma_row,) = read_scores(tmp_path / "scores.csv")
-    for column in "bicubic_psnr", "bicubic_ssim":
-        assert rows["bridge.bmp"][column] == luma_row[column]
-    # The paper's 27.54 (27.543) upscales luma. RGB that is upscaled, rounded and clipped has
-    # 27.5495: clipping removes overshoot from the text of ppt3. A float64 formula agrees.
-    assert result.out.splitlines()[-1].split()[1] == "27.55"
+def test_bicubic_scores_do_not_depend_on_the_network(call, tmp_path):
+    argv = "test", "--eval", "--image-file", DATA / "Set14", "--csv", tmp_path / "scores.csv"
+    rows = {}
+    for network in "9-5-5", "rgb":  # bridge.bmp is greyscale
+        result = call(*argv, "--network", network)
+        assert (result.status, result.out.splitlines()[-1].split()[1]) == (0, "27.54")
+        rows[network] = read_scores(tmp_path / "scores.csv")
+    for column in "image", "bicubic_psnr", "bicubic_ssim":
+        assert [row[column] for row in rows["rgb"]] == [row[column] for row in rows["9-5-5"]]
 
 
 # --- comparison images ----------------------------------------------------------------------
+
+
+def tiles(comparison: np.ndarray, width: int, height: int) -> tuple[list, list]:
+    """Return the images of a comparison, and the magnified details below them."""
+    assert comparison.shape[0] == 16 + 2 * height and comparison.shape[1] % width == 0
+    upper, lower = comparison[16 : 16 + height], comparison[16 + height :]
+    count = comparison.shape[1] // width
+    return np.split(upper, count, axis=1), np.split(lower, count, axis=1)
+
+
+def detail_positions(image: np.ndarray, detail: np.ndarray) -> set[tuple[int, int]]:
+    """Return where in an image lies what is magnified: a fourth of its width and height."""
+    height, width = image.shape[0] // 4, image.shape[1] // 4
+    rows = ((np.arange(image.shape[0]) + 0.5) * height / image.shape[0]).astype(int)
+    columns = ((np.arange(image.shape[1]) + 0.5) * width / image.shape[1]).astype(int)
+    return {
+        (y, x)
+        for y in range(image.shape[0] - height + 1)
+        for x in range(image.shape[1] - width + 1)
+        if np.array_equal(image[y : y + height, x : x + width][rows][:, columns], detail)
+    }
 
 
 def test_comparison_shows_original_bicubic_and_srcnn(call, photo_path, tmp_path, weights):
@@ -569,12 +1065,28 @@ def test_comparison_shows_original_bicubic_and_srcnn(call, photo_path, tmp_path,
         for method in ("bicubic", "comparison", "srcnn")
     )
     assert len(tree(folder)) == 3
-    assert bicubic.shape == srcnn.shape == (120, 90, 3) and comparison.shape == (136, 270, 3)
+    assert bicubic.shape == srcnn.shape == (120, 90, 3)
+    images, details = tiles(comparison, 90, 120)
     original = pixels(photo_path)
-    assert np.abs(comparison[-120:, :90] - original).max() <= 1
-    assert np.array_equal(comparison[-120:, 90:180], bicubic)
-    assert np.array_equal(comparison[-120:, 180:], srcnn)
+    assert np.abs(images[0] - original).max() <= 1
+    assert np.array_equal(images[1], bicubic)
+    assert np.array_equal(images[2], srcnn)
     assert 0.5 < np.abs(bicubic - original).mean() < 12
+    positions = [detail_positions(*pair) for pair in zip(images, details, strict=True)]
+    assert len(set.intersection(*positions)) == 1  # the same detail of all three
+
+
+def test_comparison_of_an_upscaled_image_shows_bicubic_and_the_result(call, photo_path, tmp_path):
+    argv = "--scale", 2, "--output", tmp_path / "out.png", "--save-images", tmp_path / "images"
+    assert call("test", photo_path, *argv).status == 0
+    assert list(tree(tmp_path / "images")) == ["photo.v1_comparison_x2.png"]
+    comparison = pixels(tmp_path / "images" / "photo.v1_comparison_x2.png")
+    (bicubic, srcnn), details = tiles(comparison, 180, 240)
+    assert np.array_equal(srcnn, pixels(tmp_path / "out.png"))
+    expected = Image.open(photo_path).resize((180, 240), Image.Resampling.BICUBIC)
+    assert np.array_equal(bicubic, np.asarray(expected))
+    positions = [detail_positions(*pair) for pair in zip((bicubic, srcnn), details, strict=True)]
+    assert len(set.intersection(*positions)) == 1
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
@@ -588,7 +1100,7 @@ def test_comparison_images_of_greyscale_are_greyscale(call, photo_path, tmp_path
     argv = ["--eval", "--image-file", tmp_path / "grey.png", "--weights-file", tmp_path / "w.pth"]
     assert call("test", *argv, "--save-images", tmp_path / "out").status == 0
     comparison = np.asarray(Image.open(tmp_path / "out" / "grey_comparison_x3.png"))
-    assert np.array_equal(comparison[-120:, :90], np.dstack([np.asarray(grey)] * 3))
+    assert np.array_equal(tiles(comparison, 90, 120)[0][0], np.dstack([np.asarray(grey)] * 3))
     assert not np.ptp(comparison, axis=2).any()
 
 

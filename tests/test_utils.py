@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATA, noise, tree
+from conftest import DATA, noise, resizing_matrix, tree
 from PIL import Image
 from skimage import color, metrics
 
@@ -29,28 +29,6 @@ from utils import (
 )
 
 MATLAB = DATA.resolve().parent / "reference" / "Set5_matlab_lr"
-
-
-def cubic(x: np.ndarray) -> np.ndarray:
-    """Return Keys' cubic convolution kernel, a = -0.5."""
-    x = np.abs(x)
-    near = 1.5 * x**3 - 2.5 * x**2 + 1
-    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
-    return np.where(x <= 1, near, np.where(x < 2, far, 0))
-
-
-def resizing_matrix(old: int, new: int) -> np.ndarray:
-    """Return MATLAB's imresize of one axis as a matrix, in float64; edge pixels are repeated."""
-    stretch = max(1, old / new)
-    matrix = np.zeros((new, old))
-    for row in range(new):
-        centre = (row + 0.5) * old / new - 0.5
-        reach = math.ceil(2 * stretch) + 1
-        taps = np.arange(math.floor(centre) - reach, math.floor(centre) + reach + 1)
-        weights = cubic((taps - centre) / stretch)
-        weights /= weights.sum()
-        np.add.at(matrix[row], np.clip(taps, 0, old - 1), weights)
-    return matrix
 
 
 # --- resampling -----------------------------------------------------------------------------
