@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -331,7 +332,7 @@ def upscale(
         TypeError: an argument of another type, such as a file name.
         InputError: a scale or a network that cannot be used.
     """
-    check_arguments(image, model, scale)
+    scale = check_arguments(image, model, scale)
     planes = image if isinstance(image, Planes) else decode(image)
     lr, num_colours = planes.levels(), len(planes.colour)
     if planes.alpha is not None:
@@ -367,16 +368,18 @@ def upscale(
     return result
 
 
-def check_arguments(image: object, model: object, scale: object) -> None:
-    """Raise the errors of upscale, which name the argument."""
+def check_arguments(image: object, model: object, scale: object) -> int:
+    """Raise the errors of upscale, which name the argument; return the scale."""
     if not isinstance(image, Image.Image | Planes):
         raise TypeError(f"image: must be a PIL image, not {image!r}; open it with open_image")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
-    if not isinstance(scale, int) or scale < 1:
-        raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
     if model.num_channels not in (1, 3):
         raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
+    with suppress(TypeError, ValueError, OverflowError):
+        if int(scale) == scale >= 1:
+            return int(scale)
+    raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
 
 
 def restore_colours(

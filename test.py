@@ -59,7 +59,7 @@ def upscale_files(args: argparse.Namespace) -> int:
     )
     written, skipped, failed, entries = 0, 0, [], []
     for path in tqdm(images, "files", leave=False, disable=None if len(images) > 1 else True):
-        if args.skip_existing and targets[path].exists():
+        if args.skip_existing and (targets[path].exists() or tiffs[path].exists()):
             skipped += 1
             continue
         with report_errors(path, failed):
@@ -94,7 +94,7 @@ def upscale_file(path: Path, target: Path, args: argparse.Namespace) -> tuple[st
     steps = back_projection_steps(args, model)
     result = upscale(planes, model, scale, steps, edges=args.tile_edges)
     if result.size != size:
-        result = downscale(result, size, (planes.low, planes.high))
+        result = downscale(result, size, (planes.low, planes.high), args.tile_edges)
     save_image(result, target, options)
     sizes = f"{image.width} x {image.height} -> {size[0]} x {size[1]}"
     applied = f"{network} x{scale}{reason}, back-projection {steps}"
@@ -112,6 +112,7 @@ def evaluate_files(args: argparse.Namespace) -> int:
     if lr_paths:
         images = {path: relative for path, relative in images.items() if path in lr_paths}
     results = {d: match_images(args.images, [d], args.scale) for d in args.results}
+    labels = method_labels(args.results)
     comparisons = comparison_paths(images, args, ("bicubic", "srcnn", "comparison"))
     inputs = [*images, args.weights_file or ROOT / "weights"]
     for matches in (lr_paths, *results.values()):
@@ -125,7 +126,7 @@ def evaluate_files(args: argparse.Namespace) -> int:
                 sr_images = {"bicubic": pair.ilr} | restore_pair(model, pair, args)
                 for folder, matches in results.items():
                     result = only_match(path, matches[path], f"--results {folder}")
-                    sr_images[Path(folder).name] = read_result(result, pair, args, model)
+                    sr_images[labels[folder]] = read_result(result, pair, args, model)
                 rows.append(score(pair, sr_images, args))
                 if args.save_images or args.report:
                     visuals = pair_visuals(path, lr_paths.get(path), pair, sr_images, args)
@@ -217,17 +218,25 @@ def target_size(image: Image.Image, args: argparse.Namespace) -> tuple[tuple[int
         factor = args.width / image.width if args.width else args.height / image.height
     scale = args.scale or min(max(2, math.ceil(factor)), 4)
     if factor > scale:
-        raise InputError(f"--scale {scale}: is less than the factor {factor:.4g}; raise it")
+        flags = f"--width {args.width}" if args.width else f"--height {args.height}"
+        raise InputError(
+            f"{flags}: is {factor:.4g} times the image's; the network's scale is {scale}"
+        )
     size = max(1, round(factor * image.width)), max(1, round(factor * image.height))
     return size, scale
 
 
+def size_suffix(args: argparse.Namespace) -> str:
+    """Return what the names of results tell of their size: x2, x2.5, w1920, h1080."""
+    if args.width or args.height:
+        return f"w{args.width}" if args.width else f"h{args.height}"
+    return f"x{args.outscale or args.scale:g}"
+
+
 def output_paths(images: dict[Path, Path], args: argparse.Namespace) -> dict[Path, Path]:
     """Return where each result goes: beside the image, below a folder, or to the named file."""
-    suffix = f"_srcnn_x{args.outscale or args.scale or 0:g}"
-    if args.width or args.height:
-        suffix = f"_srcnn_w{args.width}" if args.width else f"_srcnn_h{args.height}"
-    extension = f".{args.ext}" if args.ext else ".png"
+    suffix = f"_srcnn_{size_suffix(args)}"
+    extension = f".{args.ext.lstrip('.')}" if args.ext else ".png"
     if args.output is None:
         stems = unique_stems({path: path for path in images})
         return {path: Path(f"{stem}{suffix}{extension}") for path, stem in stems.items()}
@@ -250,8 +259,15 @@ def unique_stems(images: dict[Path, Path]) -> dict[Path, Path]:
     }
 
 
-def downscale(image: Image.Image, size: tuple[int, int], limits: tuple) -> Image.Image:
+def downscale(
+    image: Image.Image, size: tuple[int, int], limits: tuple[float, float], edges: str
+) -> Image.Image:
     """Downscale by bicubic, within limits; in floating point where Pillow cannot do 16 bits."""
+    if edges == "wrap":  # the middle of three times three copies
+        values = np.asarray(image)
+        copies = Image.fromarray(np.tile(values, (3, 3, 1)[: values.ndim]))
+        result = downscale(copies, (3 * size[0], 3 * size[1]), limits, "edge")
+        return result.crop((*size, 2 * size[0], 2 * size[1]))
     if image.mode not in ("I;16", "I"):
         return image.resize(size, Image.Resampling.BICUBIC)
     values = np.asarray(image)
@@ -328,6 +344,16 @@ def read_pairs(
         if min(pair.hr.shape[-2:]) < min_side:
             raise InputError(f"{pair.name}: too small; needs {min_side} pixels per side")
     return pairs
+
+
+def method_labels(folders: list[str]) -> dict[str, str]:
+    """Return the names of the columns of --results: the folders' names, or their paths."""
+    names = [Path(folder).name for folder in folders]
+    taken = ("bicubic", "srcnn", "upscaled", "original", "SRCNN")
+    return {
+        folder: name if names.count(name) == 1 and name not in taken else folder
+        for folder, name in zip(folders, names)
+    }
 
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
@@ -432,7 +458,9 @@ def pair_visuals(
     """
     method = "upscaled" if "upscaled" in sr_images else "srcnn"
     visuals = {"original": pair.hr, "bicubic": pair.ilr, "SRCNN": sr_images[method]}
-    visuals |= {folder: sr_images[folder] for folder in (Path(d).name for d in args.results)}
+    visuals |= {name: sr_images[name] for name in method_labels(args.results).values()}
+    if pair.greyscale:
+        visuals = {label: luma_of(planes, pair) for label, planes in visuals.items()}
     if pair.num_channels == 1 and not pair.greyscale and not h5py.is_hdf5(path):
         lr_path = lr_paths[0] if lr_paths else None
         colour = read_pair(path, lr_path, args.scale, 3, args.range, args.jpeg)
@@ -475,7 +503,7 @@ def comparison_paths(
     """Return for each image where the images of --save-images go, below its subfolder."""
     if not args.save_images:
         return {}
-    suffix = f"x{args.outscale or args.scale or 0:g}.png"
+    suffix = f"{size_suffix(args)}.png"
     return {
         path: {m: Path(args.save_images, f"{stem}_{m}_{suffix}") for m in methods}
         for path, stem in unique_stems(images).items()

@@ -744,13 +744,17 @@ def init_processes(device: torch.device) -> tuple[int, int]:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 0, 1
         backend = "nccl" if device.type == "cuda" else "gloo"
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # After a restart torchrun's store still has the addresses of the killed processes.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         # The other ranks wait while rank 0 evaluates, however long that takes.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        group = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(days=1), **group)
     except Exception as error:
         raise InputError(
             "RANK, WORLD_SIZE, MASTER_ADDR: form no process group; start several with torchrun"
         ) from error
-    return dist.get_rank(), dist.get_world_size()
+    return rank, world_size
 
 
 def has_bf16(device: torch.device) -> bool:

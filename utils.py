@@ -18,10 +18,10 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -281,7 +281,7 @@ Image.WARN_POSSIBLE_FORMATS = True  # tells why a valid TIFF cannot be decoded
 def open_image(path: str | Path) -> Image.Image:
     """Read and decode an image: the first full frame, rotated by its EXIF orientation.
 
-    What is lost is printed in one line. `info` gets the jpeg_quality, and for `decode` the path,
+    `info` gets the jpeg_quality, and for `decode` the path, notes on what is lost,
     reduced_to_8_bits and white_is_zero.
 
     Raises:
@@ -331,8 +331,7 @@ def open_image(path: str | Path) -> Image.Image:
             is_first = image.tell() == 0 and image.format != "MPO"  # of phones, with a preview
             if is_first and getattr(image, "n_frames", 1) > 1 and not has_overviews(image):
                 notes.append(f"{image.n_frames} frames, only the first is used")
-    if notes:
-        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
+    upright.info["notes"] = notes
     return upright
 
 
@@ -385,14 +384,24 @@ def skip_thumbnails(image: Image.Image) -> dict:
 
 
 def jpeg_quality(tables: dict | None) -> int | None:
-    """Return libjpeg's quality, 1..100, of which a JPEG's quantisation tables are; None without.
+    """Return libjpeg's quality, 1..100, for a JPEG's quantisation tables; None without tables.
 
-    Tables of other encoders have about the quality at which libjpeg's have the same sum.
+    Tables of other encoders get the quality at which libjpeg's luma table has about the same sum.
     """
     if not tables:
         return None
-    percent = 100 * sum(tables[0]) / 3688  # the luma table of quality 50 sums to 3688
-    return round(100 - percent / 2 if percent <= 100 else 5000 / percent)
+    return int(np.abs(libjpeg_table_sums() - sum(tables[0])).argmin()) + 1
+
+
+@cache
+def libjpeg_table_sums() -> np.ndarray:
+    """Return the sums of libjpeg's luma tables of qualities 1..100, which scale that of 50."""
+    encoded = io.BytesIO()
+    Image.new("L", (8, 8)).save(encoded, "JPEG", quality=50)
+    table = np.array(Image.open(encoded).quantization[0])
+    quality = np.arange(1, 101)
+    percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
+    return ((table * percent + 50) // 100).clip(1, 255).sum(axis=1)
 
 
 def portable_exif(exif: Image.Exif) -> bytes:
@@ -484,12 +493,15 @@ class Planes:
 def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None) -> Planes:
     """Convert an image of any Pillow mode; greyscale and 16-bit greyscale are preserved.
 
+    What is lost is printed in one line.
+
     Args:
         value_range: the values that stand for the grey levels 0 and 255, or a dict of them by
             bit depth. The default is the range of the type; for 32-bit and floating-point images,
             their minimum and maximum.
     """
-    mode, values, path = image.mode, None, image.info.pop("path", None)
+    mode, values = image.mode, None
+    path, notes = image.info.pop("path", None), image.info.pop("notes", [])
     if mode.startswith("I") or mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
@@ -501,6 +513,8 @@ def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None
         value_range = value_range.get(bit_depth)
     if value_range and image.info.get("reduced_to_8_bits"):
         raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use greyscale images")
+    if notes:
+        print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
     if values is not None:
         if mode == "I;16" and value_range is None and path and 0 < high < 4096:
             suggest_range(path, high)
@@ -604,6 +618,8 @@ def to_levels(
         InputError: an image without a value range of its own.
     """
     planes = decode(image, value_range)
+    if isinstance(value_range, dict):
+        value_range = value_range.get(planes.source["bit_depth"])
     if planes.mode in ("I", "F") and value_range is None:
         raise InputError("has no value range; pass those of black and white by --range LOW HIGH")
     levels = quantize(planes.levels(), planes.quantum).clip(0, 255)
@@ -729,9 +745,12 @@ def match_images(
         for path, relative in unique_names(candidates).items():
             by_key.setdefault(pair_key(relative, scale), []).append(path)
         keys = {path: pair_key(name, scale) for path, name in unique_names(images).items()}
-        counts = Counter(keys.values())
-        for path, key in keys.items():  # a match belongs to one image only
-            matches[path] = by_key.get(key, []) * counts[key]
+        by_image: dict[tuple, list[Path]] = {}
+        for path, key in keys.items():
+            by_image.setdefault(key, []).append(path)
+        for path, key in keys.items():  # a match of several images belongs to none of them
+            others = [other for other in by_image[key] if other != path]
+            matches[path] = by_key.get(key, []) + others
     return matches
 
 

@@ -58,7 +58,7 @@ srcnn_photo)
   last=photo
   if [ "$scale" != 2 ]; then
     h5 jpeg "$scale" --num-channels 3 --jpeg 15 95
-    stage photo jpeg "$scale" --init "$work/photo/x2/best.pth" --lr 0.006 --steps 7000 --bf16 0.8
+    stage photo jpeg "$scale" --init "$work/photo/x2/best.pth" --lr 0.006 --steps 4500 --bf16 0.8
   fi
   ;;
 *) echo "$name: unknown" >&2; exit 2 ;;
