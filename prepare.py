@@ -137,7 +137,8 @@ def append_image(file: h5py.File, pair: Pair) -> int:
     for name, planes in ("lr", pair.ilr), ("hr", pair.hr):
         group = file.require_group(name)
         dataset = group.create_dataset(str(len(group)), data=planes)
-        dataset.attrs.update({"name": pair.name, "greyscale": pair.greyscale})
+        name_in_utf8 = pair.name.encode(errors="backslashreplace").decode()
+        dataset.attrs.update({"name": name_in_utf8, "greyscale": pair.greyscale})
     return 1
 
 

@@ -9,7 +9,6 @@ import argparse
 import base64
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -115,8 +114,7 @@ def evaluate_files(args: argparse.Namespace) -> int:
     labels = method_labels(args.results)
     comparisons = comparison_paths(images, args, ("bicubic", "srcnn", "comparison"))
     inputs = [*images, args.weights_file or ROOT / "weights"]
-    for matches in (lr_paths, *results.values()):
-        inputs += itertools.chain(*matches.values())
+    inputs += find_images([*(args.lr_dir or []), *args.results], results=True)
     check_outputs(report_outputs(args, comparisons), inputs)
     model = load_network(args, args.scale)
     rows, failed, entries = [], [], []
@@ -220,7 +218,7 @@ def target_size(image: Image.Image, args: argparse.Namespace) -> tuple[tuple[int
     if factor > scale:
         flags = f"--width {args.width}" if args.width else f"--height {args.height}"
         raise InputError(
-            f"{flags}: is {factor:.4g} times the image's; the network's scale is {scale}"
+            f"{flags}: is {factor:.4g} times the image's; the limit is --scale {scale}"
         )
     size = max(1, round(factor * image.width)), max(1, round(factor * image.height))
     return size, scale
@@ -263,17 +261,17 @@ def downscale(
     image: Image.Image, size: tuple[int, int], limits: tuple[float, float], edges: str
 ) -> Image.Image:
     """Downscale by bicubic, within limits; in floating point where Pillow cannot do 16 bits."""
-    if edges == "wrap":  # the middle of three times three copies
-        values = np.asarray(image)
-        copies = Image.fromarray(np.tile(values, (3, 3, 1)[: values.ndim]))
-        result = downscale(copies, (3 * size[0], 3 * size[1]), limits, "edge")
-        return result.crop((*size, 2 * size[0], 2 * size[1]))
+    values, box = np.asarray(image), (0, 0, *image.size)
+    if edges == "wrap":
+        margin = 2 * math.ceil(max(image.width / size[0], image.height / size[1])) + 1
+        box = (margin, margin, margin + image.width, margin + image.height)
+        widths = [(margin, margin), (margin, margin), (0, 0)]
+        values = np.pad(values, widths[: values.ndim], "wrap")
     if image.mode not in ("I;16", "I"):
-        return image.resize(size, Image.Resampling.BICUBIC)
-    values = np.asarray(image)
-    resized = Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    rounded = np.clip(np.rint(np.asarray(resized, np.float64)), *limits)
-    return Image.fromarray(rounded.astype(values.dtype))
+        return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC, box)
+    levels = Image.fromarray(values.astype(np.float32))
+    resized = np.asarray(levels.resize(size, Image.Resampling.BICUBIC, box), np.float64)
+    return Image.fromarray(np.clip(np.rint(resized), *limits).astype(values.dtype))
 
 
 def metadata(image: Image.Image, mode: str, target: Path) -> dict:
@@ -331,8 +329,8 @@ def read_pairs(
 ) -> list[Pair]:
     """Return the pair of an image, or all pairs of an evaluation file, with their names."""
     if path.is_file() and h5py.is_hdf5(path):
-        if args.save_images or args.results:
-            raise InputError("is an h5 file; --save-images and --results need images")
+        if args.save_images or args.results or args.jpeg:
+            raise InputError("is an h5 file; --save-images, --results and --jpeg need images")
         pairs = read_eval_pairs(path, args.scale)[0]
     else:
         lr_path = None if lr_paths is None else only_match(path, lr_paths, "--lr-dir")
@@ -590,7 +588,7 @@ def write_report(
 
 def export(args: argparse.Namespace) -> int:
     """Write the network as an ONNX file."""
-    for flag in ("eval", "output", "outscale", "half", "self_ensemble"):
+    for flag in ("eval", "output", "outscale", "width", "height", "half", "self_ensemble"):
         if getattr(args, flag):
             raise InputError(f"--{flag.replace('_', '-')}: cannot be combined with --export")
     path = weights_path(args, args.scale)
@@ -672,7 +670,7 @@ def choose_scale(args: argparse.Namespace) -> int | None:
             print(line, file=sys.stderr)
         return args.scale
     if implied is None and args.outscale:
-        return max(2, math.ceil(args.outscale))
+        return max(2, min(math.ceil(args.outscale), 4))
     return None if implied is None and (args.width or args.height) else implied or 3
 
 
@@ -682,6 +680,8 @@ def main(args: argparse.Namespace) -> int:
     for flag in ("csv", "results", "lr_dir", "jpeg"):
         if getattr(args, flag) and not args.eval:
             raise InputError(f"--{flag.replace('_', '-')}: use it with --eval")
+    if args.jpeg and args.lr_dir:
+        raise InputError("--jpeg: cannot be combined with --lr-dir")
     if args.network and args.weights_file is not None:
         raise InputError("--network: cannot be combined with --weights-file")
     args.scale = choose_scale(args)

@@ -156,6 +156,9 @@ class Run:
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+            for p, values in optimizer.state.items():
+                if any(v.shape not in ((), p.shape) for v in values.values()):
+                    raise InputError("contains an optimizer's state of another network")
         self.loss_sum.fill_(state["loss_sum"])
         self.frozen = identity_filters(self.model) if self.args.optimizer == "muon" else []
         self.started = time.perf_counter() - self.seconds

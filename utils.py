@@ -243,7 +243,7 @@ def unique_names(images: dict[Path, Path]) -> dict[Path, Path]:
     """Return find_images' relative paths; if some are equal, relative to the common folder."""
     if len(set(images.values())) == len(images):
         return images
-    common = os.path.commonpath([os.path.abspath(path) for path in images])
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
     return {path: Path(os.path.relpath(path, common)) for path in images}
 
 
