@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train the weights in this folder: bash weights/train.sh srcnn_x3 [folder]
+# Train one of the weights in this folder: bash weights/train.sh srcnn_x3 [folder]
 # Writes FOLDER/NAME.pth (default: weights/work). Stages of other files that a file starts from are
 # trained first; stopped runs are resumed. Needs data/T91 (python prepare.py --download data).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, ...}
+name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_photo_x4, ...}
 work=${2:-weights/work}
 scale=${name##*_x}
 network=${name%_x*}
@@ -46,11 +46,6 @@ srcnn_9-1-5)
     h5 luma "$scale"
     stage small luma "$scale" $small --init "$work/small/x3/best.pth" --steps 16000
   fi
-  ;;
-srcnn_rgb)
-  h5 rgb 3 --num-channels 3
-  stage rgb rgb 3 --steps 25000 --bf16 0.85
-  last=rgb
   ;;
 srcnn_photo)
   h5 jpeg 2 --num-channels 3 --jpeg 15 95
