@@ -251,8 +251,9 @@ def test_kills_at_random_moments_lose_nothing(whole, tmp_path, last):
 
 def test_a_run_whose_pipe_is_closed_ends_after_it_has_saved(train_flags, last):
     process = start(TRAIN, *train_flags, "--num-epochs", 100_000, "--save-every", 1)
-    process.stdout.readline()
-    process.stdout.close()  # as `| head -1` does
+    while not process.stdout.readline().startswith("evaluation"):
+        pass  # the summary
+    process.stdout.close()  # as `| head -5` does
     assert (process.wait(timeout=180), process.stderr.read()) == (141, "")
     assert len(history(last.parent)) == 1
     assert last.with_name("epoch_1.pth").is_file()
