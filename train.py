@@ -238,6 +238,10 @@ class Run:
         if psnr is None or psnr > self.best_psnr:
             self.best, self.best_psnr = weights_of(self.ema), psnr
 
+    def count_saving(self) -> None:
+        """Add the time since the evaluation, in which files were written, to its cost."""
+        self.evaluation_seconds += time.perf_counter() - self.started - self.seconds
+
     def end_interval(self, is_evaluation: bool) -> None:
         """Reset what is counted between evaluations, and begin another epoch if one is done."""
         if is_evaluation:
@@ -285,6 +289,7 @@ def train(
         state.end_interval(is_evaluation)
         output.save(state)
         if is_evaluation:
+            state.count_saving()
             output.print_evaluation(state)
     output.print_result(state)
     return 0
