@@ -231,9 +231,12 @@ def restore(
         sr[:, y : y + height, x : x + width] = (output.float() * 255).cpu().numpy()
 
     corners = itertools.product(range(top, bottom, height), range(0, columns, width))
-    workers = threads if on_cpu else 1
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        list(pool.map(restore_tile, corners))
+    workers = ThreadPoolExecutor(
+        threads if on_cpu else 1, initializer=torch.set_num_threads, initargs=(1,)
+    )
+    # TF32, PyTorch's default for convolutions on a GPU, changes grey levels by up to 0.5.
+    with workers, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        list(workers.map(restore_tile, corners))
     torch.set_num_threads(threads)  # the workers' setting is partly global
     if not np.isfinite(sr).all():
         raise InputError("model: its output is not finite; use other weights")

@@ -127,7 +127,7 @@ def trained(
     Variants of equal flags share a run, whatever their experiment.
     """
     flags = [*variant.flags.split(), "--batch-size", BATCH_SIZE, "--steps", steps, "--seed", seed]
-    flags += ["--bf16"] if train.has_bf16(pick_device()) else []
+    flags += ["--bf16"] if train.bf16_is_faster(pick_device()) else []
     words = [path.stem for path in (*files, init) if path] + flags
     folder = Path(args.work_dir, re.sub(r"[^\w.]+", "-", " ".join(map(str, words))))
     last = folder / f"x{variant.scale}" / "last.pth"

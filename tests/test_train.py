@@ -329,13 +329,13 @@ def test_bfloat16_is_used_and_its_absence_reported(call, train_flags, folder, mo
     call("train", *train_flags)
     exact = load_srcnn(folder / "best.pth").conv1.weight
     for available in (True, False):
-        monkeypatch.setattr(train, "has_bf16", lambda device, available=available: available)
+        monkeypatch.setattr(train, "bf16_is_faster", lambda device, available=available: available)
         result = call("train", *train_flags, "--bf16")
         assert result.status == 0
         weight = load_srcnn(folder / "best.pth").conv1.weight
         assert weight.dtype == torch.float32
         assert torch.equal(weight, exact) == (not available)
-        assert ("--bf16: the device has no bfloat16" in result.out) == (not available)
+        assert ("bfloat16 is not faster" in result.out) == (not available)
 
 
 # --- optimizers -----------------------------------------------------------------------------
