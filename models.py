@@ -43,6 +43,7 @@ class SRCNN(nn.Module):
             or "default" (PyTorch's).
 
     Attributes:
+        num_channels, filters, kernel_sizes: the arguments.
         halo: pixels by which a `valid` output is smaller on each side.
         info: of the training data, as far as it is known: "degradation" ("bicubic", "jpeg" or
             "pairs"), "jpeg", "scale", "range" and "bit_depth". Stored in weights files.
@@ -66,8 +67,8 @@ class SRCNN(nn.Module):
         widths = (num_channels, *filters, num_channels)
         for i, kernel_size in enumerate(kernel_sizes):
             self.add_module(f"conv{i + 1}", nn.Conv2d(widths[i], widths[i + 1], kernel_size))
-        self.num_channels = num_channels
-        self.info = {}
+        self.num_channels, self.info = num_channels, {}
+        self.filters, self.kernel_sizes = list(filters), list(kernel_sizes)
         self.halo = sum(k // 2 for k in kernel_sizes)
         self._initialize(init)
 
@@ -79,7 +80,7 @@ class SRCNN(nn.Module):
     @property
     def architecture(self) -> str:
         """The kernel sizes as the paper writes them, such as 9-5-5."""
-        name = "-".join(str(layer.kernel_size[0]) for layer in self.layers)
+        name = "-".join(map(str, self.kernel_sizes))
         return name if self.num_channels == 1 else f"{name} with {self.num_channels} channels"
 
     def forward(self, x: torch.Tensor, valid: bool = False) -> torch.Tensor:
@@ -239,7 +240,7 @@ def restore(
         list(workers.map(restore_tile, corners))
     torch.set_num_threads(threads)  # the workers' setting is partly global
     if not np.isfinite(sr).all():
-        raise InputError("model: its output is not finite; use other weights")
+        raise InputError("model: its output is not finite; lower --lr, or use other weights")
     return sr.reshape(ilr.shape)
 
 

@@ -27,17 +27,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from datasets import (
-    Batches,
-    DataLoadingError,
-    H5Patches,
-    check_compatible,
-    read_eval_pairs,
-    square_symmetries,
-)
+from datasets import Batches, DataLoadingError, H5Patches, check_compatible, read_eval_pairs
+from datasets import square_symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
-from utils import ArgumentParser, count_of, expand_patterns, InputError, number, open_input
-from utils import optional_import, Pair, protocol_psnr, raise_exit, run, set_signal_handlers
+from utils import ArgumentParser, InputError, Pair, count_of, expand_patterns, number, open_input
+from utils import optional_import, protocol_psnr, raise_exit, run, set_signal_handlers
 from utils import write_csv, write_file
 
 if dist.is_available():
@@ -46,7 +40,7 @@ if dist.is_available():
     import torch.distributed.nn
 
 SYNC_EVERY = 20  # steps between checks of the loss; a check waits for the GPU
-FIRST_ESTIMATE = 100  # steps after which the run's duration is estimated
+FIRST_ESTIMATE = 100  # steps after which the run's duration is printed
 EVALUATIONS = 20  # of a run of few epochs
 
 
@@ -55,7 +49,9 @@ def loss_fn(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     return F.mse_loss(sr, hr)
 
 
-def train_one_epoch(state: "Run", batches: Batches, stop: "StopSignal") -> None:
+def train_one_epoch(
+    state: "TrainingState", batches: Batches, stop: "StopSignal", output: "RunFolder"
+) -> None:
     """Train until the epoch or the run ends, an evaluation is due, or a stop signal arrives."""
     args, steps_left = state.args, len(batches) - state.epoch_step
     epoch = batches.epoch(state.epoch, first=state.epoch_step)
@@ -77,17 +73,9 @@ def train_one_epoch(state: "Run", batches: Batches, stop: "StopSignal") -> None:
         state.count_step(loss.detach())
         if state.global_step % SYNC_EVERY == 0:
             sync_ranks(state, stop)
-            show_progress(bar, state)
+            output.show_progress(state, bar)
         if state.evaluation_due:
             break
-
-
-def show_progress(bar: tqdm, state: "Run") -> None:
-    """Show loss and ETA of the whole run in the progress bar; print a first estimate."""
-    bar.set_postfix_str(f"loss {state.mean_loss:.6f}, run ends in {state.eta}")
-    if state.rank == 0 and state.global_step == FIRST_ESTIMATE and not state.args.minutes:
-        tqdm.write(f"estimated time to the end of the run: {state.eta}")
-        sys.stdout.flush()
 
 
 def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
@@ -96,34 +84,29 @@ def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
     return fmean(scores) if scores else None
 
 
-def evaluate_ema(state: "Run", pairs: list[Pair]) -> float | None:
-    """Return evaluate(...) of the EMA; weights that have diverged are an error of the run."""
-    try:
-        return evaluate(state.ema, pairs, state.args.scale)
-    except InputError as error:
-        raise divergence_error(state) from error
-
-
-class Run:
+class TrainingState:
     """The state of a run: model, EMA, optimizers and counters. last.pth contains its state_dict.
 
     epoch, epoch_step, global_step: the current epoch, its steps done, all steps done.
+    seconds: since the start, without the time between a stop and its resumption.
     best, best_psnr: the content of best.pth and its score.
     loss_sum, loss_steps, max_lr: since the last evaluation.
-    evaluated_step, evaluated_at: global step and seconds at the last evaluation.
+    evaluated_step, evaluated_at, evaluation_seconds: when the last one began, and what it took.
     """
 
     COUNTERS = ("epoch", "epoch_step", "global_step", "seconds", "history", "best", "best_psnr")
     COUNTERS += ("loss_steps", "max_lr", "evaluated_step", "evaluated_at", "evaluation_seconds")
 
-    def __init__(self, args: argparse.Namespace, batches: Batches, rank: int, world_size: int):
+    def __init__(
+        self, args: argparse.Namespace, batches: Batches, data: dict, rank: int, world_size: int
+    ) -> None:
         torch.manual_seed(args.seed)
         num_channels, side, _ = batches.patches.patch_shape
-        self.args, self.rank, self.world_size = args, rank, world_size
+        self.args, self.data, self.rank, self.world_size = args, data, rank, world_size
         self.steps_per_epoch = len(batches)
         self.model = initial_model(args, num_channels)
         self.model.to(batches.device, memory_format=torch.channels_last)
-        self.tied = tie_filters(self.model) if args.symmetry > 1 else []
+        self.tied = tied_elements(self.model) if args.symmetry > 1 else []
         self.frozen = identity_filters(self.model) if args.optimizer == "muon" else []
         self.network = DistributedDataParallel(self.model) if world_size > 1 else self.model
         self.ema = copy.deepcopy(self.model)
@@ -140,8 +123,11 @@ class Run:
         self.evaluated_step, self.evaluated_at, self.evaluation_seconds = 0, 0.0, 0.0
 
     def state_dict(self) -> dict:
-        """Return all that a resumed run needs; on a CPU it continues bit for bit."""
+        """Return the content of last.pth; on a CPU a resumed run continues bit for bit."""
         return {name: getattr(self, name) for name in self.COUNTERS} | {
+            "version": CHECKPOINT_VERSION,
+            "args": vars(self.args),
+            "data": self.data,
             "model": self.model.state_dict(),
             "ema": weights_of(self.ema),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -149,16 +135,20 @@ class Run:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a state_dict."""
+        """Continue from a state_dict.
+
+        Raises:
+            InputError: it is of a run on other data.
+        """
+        for name in ("train", "eval"):
+            if state["data"][name] != self.data[name]:
+                raise InputError(f"--{name}-file: differs from that of the run; pass the same data")
         for name in self.COUNTERS:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            for p, values in optimizer.state.items():
-                if any(v.shape not in ((), p.shape) for v in values.values()):
-                    raise InputError("contains an optimizer's state of another network")
         self.loss_sum.fill_(state["loss_sum"])
         self.frozen = identity_filters(self.model) if self.args.optimizer == "muon" else []
         self.started = time.perf_counter() - self.seconds
@@ -176,15 +166,15 @@ class Run:
         return min(1.0, self.global_step / self.total_steps)
 
     @property
-    def eta(self) -> str:
-        """The estimated time to the end of the run, as h:mm:ss."""
+    def eta(self) -> timedelta:
+        """The estimated time to the end of the run."""
         seconds = self.seconds * (1 - self.progress) / max(self.progress, 1e-9)
-        return str(timedelta(seconds=round(seconds)))
+        return timedelta(seconds=round(seconds))
 
     @property
     def epoch_done(self) -> bool:
-        """Whether all steps of the epoch, or of the run, are done."""
-        return self.epoch_step >= self.steps_per_epoch or self.progress >= 1
+        """Whether all steps of the epoch are done."""
+        return self.epoch_step >= self.steps_per_epoch
 
     @property
     def evaluation_due(self) -> bool:
@@ -215,8 +205,8 @@ class Run:
 
     def constrain_gradients(self) -> None:
         """Keep tied filters tied and identity filters frozen."""
-        for p, table in self.tied:
-            p.grad = p.grad.flatten()[table].mean(0).view(p.shape)
+        for p, indices in self.tied:
+            p.grad = p.grad.flatten()[indices].mean(0).view(p.shape)
         for p, axis in self.frozen:
             p.grad.narrow(axis, 0, self.model.num_channels).zero_()
 
@@ -231,36 +221,29 @@ class Run:
 
     def record(self, psnr: float | None) -> None:
         """Add a row to the history; the EMA becomes `best` if its PSNR is, or if there is none."""
+        self.evaluated_step, self.evaluated_at = self.global_step, self.seconds
         seconds = time.perf_counter() - self.started
-        self.evaluation_seconds = seconds - self.seconds
         row = (self.epoch, self.global_step, self.mean_loss, psnr, self.max_lr, seconds)
         self.history.append(dict(zip(COLUMNS, row)))
         if psnr is None or psnr > self.best_psnr:
             self.best, self.best_psnr = weights_of(self.ema), psnr
-
-    def count_saving(self) -> None:
-        """Add the time since the evaluation, in which files were written, to its cost."""
-        self.evaluation_seconds += time.perf_counter() - self.started - self.seconds
-
-    def end_interval(self, is_evaluation: bool) -> None:
-        """Reset what is counted between evaluations, and begin another epoch if one is done."""
-        if is_evaluation:
-            self.evaluated_step, self.evaluated_at = self.global_step, self.seconds
-            self.loss_steps, self.max_lr = 0, 0.0
-            self.loss_sum.zero_()
-        if self.epoch_done:
-            self.epoch, self.epoch_step = self.epoch + 1, 0
+        self.loss_steps, self.max_lr = 0, 0.0
+        self.loss_sum.zero_()
 
 
 def train(
-    args: argparse.Namespace, device: torch.device, checkpoint: dict | None, rank: int, world: int
+    args: argparse.Namespace,
+    device: torch.device,
+    checkpoint: dict | None,
+    rank: int,
+    world_size: int,
 ) -> int:
     """Train a network; return the exit status: 0, or 128 + the signal that stopped it."""
-    batches, pairs, data = load_data(args, device, rank, world)
-    state, stop = Run(args, batches, rank, world), StopSignal(world)
-    output = RunFolder(args, data) if rank == 0 else NoOutput()
+    batches, pairs, data = load_data(args, device, rank, world_size)
+    state = TrainingState(args, batches, data, rank, world_size)
+    stop = StopSignal(world_size)
+    output = RunFolder(args) if rank == 0 else NoOutput()
     if checkpoint:
-        check_same_data(checkpoint["data"], data)
         with open_input(args.resume, "checkpoint", "train again"):
             state.load_state_dict(checkpoint)
         output.write_derived_files(state)  # in case they were lost
@@ -273,7 +256,7 @@ def train(
 
     while not state.finished:
         try:
-            train_one_epoch(state, batches, stop)
+            train_one_epoch(state, batches, stop, output)
         except DataLoadingError:  # what was trained so far is not lost
             output.save(state)
             raise
@@ -282,15 +265,18 @@ def train(
             output.save(state)
             output.print(f"stopped; continue with: python train.py --resume {output.path}/last.pth")
             return 128 + stop.agreed
-        is_evaluation = state.evaluation_due
-        if is_evaluation and rank == 0:
-            state.record(evaluate_ema(state, pairs))
-        sync_ranks(state, stop)  # the evaluation took rank 0's time
-        state.end_interval(is_evaluation)
+        is_evaluated = state.evaluation_due
+        if is_evaluated:
+            state.record(evaluate(state.ema, pairs, args.scale) if rank == 0 else None)
+        if state.epoch_done:
+            state.epoch, state.epoch_step = state.epoch + 1, 0
         output.save(state)
-        if is_evaluation:
-            state.count_saving()
+        sync_ranks(state, stop)  # the other ranks have waited for rank 0
+        if is_evaluated:
+            state.evaluation_seconds = state.seconds - state.evaluated_at
             output.print_evaluation(state)
+        if state.finished:
+            output.save(state)  # also with the clock, which decides the end by --minutes
     output.print_result(state)
     return 0
 
@@ -414,36 +400,49 @@ NUM_ROTATIONS = 4
 NUM_INVARIANT = 8  # hidden channels that rotations leave in place; the others form sets of four
 
 
-@torch.no_grad()
-def tie_filters(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Tie the filters of a network under rotations.
+def tied_elements(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Return which elements of the parameters are equal if filters are tied under rotations.
 
     Returns:
         For each parameter 4 x numel indices: element i of row g is the one tied to i by g.
     """
-    group = square_symmetries(3)[::2]  # rotations of a 3 x 3 square, as tables of its pixels
+    rotations = square_symmetries(3)[::2]  # of a 3 x 3 square, as tables of its pixels
     # products[g][m] is the number of the rotation g * m.
-    products = [[(group == k[g]).all(1).nonzero().item() for k in group] for g in group]
+    products = torch.tensor(
+        [[(rotations == k[g]).all(1).nonzero().item() for k in rotations] for g in rotations]
+    )
     # To which channel each rotation moves a channel: of the input, the hidden layers, the output.
     widths = [layer.in_channels for layer in model.layers] + [model.num_channels]
     permutations = [torch.arange(width).repeat(NUM_ROTATIONS, 1) for width in widths]
     for width, permutation in zip(widths[1:-1], permutations[1:-1]):
         num_sets = max(0, width - NUM_INVARIANT) // NUM_ROTATIONS
         first = width - num_sets * NUM_ROTATIONS
-        sets = permutation[0, first:].view(num_sets, NUM_ROTATIONS)[:, torch.tensor(products)]
+        sets = permutation[0, first:].view(num_sets, NUM_ROTATIONS)[:, products]
         permutation[:, first:] = sets.transpose(0, 1).flatten(1)
     tied = []
     for layer, inputs, outputs in zip(model.layers, permutations, permutations[1:]):
         index = torch.arange(layer.weight.numel()).view(layer.weight.shape)
-        rotations = square_symmetries(index.shape[-1])[::2]
         tables = index.repeat(NUM_ROTATIONS, 1, 1, 1, 1)
-        for table, rotation, source, target in zip(tables, rotations, inputs, outputs):
-            table[target[:, None], source] = index.flatten(2)[..., rotation].view(index.shape)
-        for p, table in (layer.weight, tables.flatten(1)), (layer.bias, outputs.argsort(1)):
-            # Start from the first of the tied values: their mean would have a smaller variance.
-            p.copy_(p.flatten()[table.amin(0).to(p.device)].view(p.shape))
-            tied.append((p, table.to(p.device)))
+        pixels = square_symmetries(index.shape[-1])[::2]
+        for table, rotated, source, target in zip(tables, pixels, inputs, outputs):
+            table[target[:, None], source] = index.flatten(2)[..., rotated].view(index.shape)
+        tied.append((layer.weight, tables.flatten(1).to(layer.weight.device)))
+        tied.append((layer.bias, outputs.argsort(1).to(layer.bias.device)))
     return tied
+
+
+@torch.no_grad()
+def tie_filters(model: SRCNN) -> float:
+    """Set tied elements to the first of them; return the largest change.
+
+    Their mean would have a smaller variance than the initialisation.
+    """
+    change = 0.0
+    for p, indices in tied_elements(model):
+        first = p.flatten()[indices.amin(0)].view(p.shape)
+        change = max(change, (first - p).abs().max().item())
+        p.copy_(first)
+    return change
 
 
 # --- data and initial weights ---------------------------------------------------------------
@@ -452,13 +451,11 @@ def tie_filters(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
 def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Batches, list[Pair], dict]:
-    """Return batches, evaluation pairs, and the shapes and attributes of both files."""
+    """Return batches, evaluation pairs, and the shapes and attributes of both."""
     if args.batch_size % world_size:
         raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand_patterns(args.train_file), args.scale, halo)
-    if len(patches) < world_size:
-        raise InputError(f"{args.train_file[0]}: contains fewer patches than processes")
     batches = Batches(
         patches,
         args.batch_size,
@@ -472,25 +469,18 @@ def load_data(
         world_size=world_size,
     )
     data = {"train": [len(patches), *patches.patch_shape, patches.attributes], "eval": []}
-    if args.eval_file is None:
-        return batches, [], data
     pairs = []
-    for path in expand_patterns(args.eval_file):
+    for path in expand_patterns(args.eval_file or []):
         file_pairs, attributes = read_eval_pairs(path, args.scale)
         check_compatible(path, attributes, patches.attributes)
-        if any(pair.num_channels != patches.patch_shape[0] for pair in file_pairs):
-            raise InputError(f"{path}: has other channels than --train-file")
-        if any(min(pair.hr.shape[-2:]) <= 2 * args.scale for pair in file_pairs):
-            raise InputError(f"{path}: contains an image too small to measure")
-        pairs += file_pairs
         data["eval"] += [*(list(pair.hr.shape) for pair in file_pairs), attributes]
+        pairs += file_pairs
     # An infinite PSNR, as of an image of one colour, would hide the scores of the others.
-    measured = [pair for pair in pairs if bicubic_psnr([pair], args.scale) < math.inf]
-    if not measured:
-        raise InputError("--eval-file: bicubic PSNR is infinite for all images; use others")
-    if len(measured) < len(pairs) and rank == 0:
-        ignored = f"{len(pairs) - len(measured)} of {len(pairs)} images"
-        print(f"--eval-file: ignoring {ignored} with infinite bicubic PSNR", flush=True)
+    measured = [p for p in pairs if min(p.hr.shape[-2:]) > 2 * args.scale]
+    measured = [p for p in measured if bicubic_psnr([p], args.scale) < math.inf]
+    if pairs and not measured:
+        raise InputError("--eval-file: images are too small, or bicubic's PSNR is infinite")
+    data["num_ignored"] = len(pairs) - len(measured)
     return batches, measured, data
 
 
@@ -502,44 +492,32 @@ def bicubic_psnr(pairs: list[Pair], scale: int) -> float:
 def training_info(args: argparse.Namespace, batches: Batches) -> dict:
     """Return what test.py has to know about the training data; see SRCNN.info."""
     attributes, names = batches.patches.attributes, ("degradation", "jpeg", "range", "bit_depth")
-    info = {name: attributes[name] for name in names if name in attributes}
-    return info | {"scale": args.scale}
-
-
-def check_same_data(saved: dict, data: dict) -> None:
-    """Refuse to resume with files of other shapes or attributes."""
-    for name in ("train", "eval"):
-        if saved.get(name) != data[name]:
-            raise InputError(f"--{name}-file: differs from the file of the run; pass that one")
+    return {"scale": args.scale} | {n: attributes[n] for n in names if n in attributes}
 
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     """Return the network to start from; --init may name a weights file."""
     from_file = args.init not in INITS
-    try:
-        init = "identity" if from_file else args.init
-        model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
-    except ValueError as error:
-        raise InputError(f"--kernel-sizes, --filters: {error}") from error
+    if from_file and not args.resume:  # a checkpoint replaces the initial weights
+        model = load_srcnn(args.init)
+        shape = [model.num_channels, model.filters, model.kernel_sizes]
+        if shape != [num_channels, args.filters, args.kernel_sizes]:
+            raise InputError(
+                f"--init {args.init}: is {model.architecture}; pass its --filters, --kernel-sizes, "
+                "and patches of its number of channels"
+            )
+    else:
+        try:
+            init = "identity" if from_file else args.init
+            model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
+        except ValueError as error:
+            raise InputError(f"--kernel-sizes, --filters: {error}") from error
     if args.init == "identity" and args.optimizer == "muon":
         for layer in model.layers[:-1]:
             layer.weight.data[num_channels:] *= HIDDEN_INIT_GAIN
-    if not from_file or args.resume is not None:  # a checkpoint replaces the initial weights
-        return model
-    if not Path(args.init).is_file():
-        raise InputError(f"--init {args.init}: neither {', '.join(INITS)} nor a weights file")
-    loaded = load_srcnn(args.init)
-    try:
-        model.load_state_dict(loaded.state_dict())
-    except RuntimeError as error:
-        raise InputError(
-            f"--init {args.init}: has other layers than --filters, --kernel-sizes and the patches"
-        ) from error
-    if args.symmetry > 1:
-        tie_filters(model)  # changes nothing if the file's filters are tied
-        pairs = zip(model.parameters(), loaded.parameters())
-        if not all(torch.allclose(tied, given, atol=1e-3) for tied, given in pairs):
-            raise InputError(f"--init {args.init}: its filters are not tied; add --symmetry 1")
+    change = tie_filters(model) if args.symmetry > 1 else 0.0
+    if from_file and change > 1e-3:
+        raise InputError(f"--init {args.init}: its filters are not tied; add --symmetry 1")
     return model
 
 
@@ -552,11 +530,11 @@ COLUMNS = ("epoch", "step", "loss", "psnr", "learning_rate", "seconds")  # of hi
 class RunFolder:
     """The folder outputs-dir/xS with the files of a run, and what the run prints; for rank 0."""
 
-    def __init__(self, args: argparse.Namespace, data: dict) -> None:
-        self.data, self.writer = data, None
+    def __init__(self, args: argparse.Namespace) -> None:
         self.path = Path(args.outputs_dir, f"x{args.scale}")
-        if args.resume is not None:
+        if args.resume:
             self.path = Path(args.resume).parent
+        self.writer = None
         if args.tensorboard:
             with optional_import("tensorboard", "--tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
@@ -570,22 +548,15 @@ class RunFolder:
         i = 1
         while os.path.lexists(f"{self.path}-{i}"):
             i += 1
-        try:
-            self.path.rename(f"{self.path}-{i}")
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: {error.strerror}; pass another --outputs-dir"
-            ) from error
+        self.path.rename(f"{self.path}-{i}")
         self.print(f"{self.path}: contained an older run, which is now {self.path}-{i}")
 
-    def save(self, state: Run) -> None:
+    def save(self, state: TrainingState) -> None:
         """Write last.pth, and then the files that are derived from it."""
-        check_loss(state)
-        checkpoint = {"version": CHECKPOINT_VERSION, "args": vars(state.args), "data": self.data}
-        write_file(self.path / "last.pth", to_bytes(checkpoint | state.state_dict()))
+        write_file(self.path / "last.pth", to_bytes(state.state_dict()))
         self.write_derived_files(state)
 
-    def write_derived_files(self, state: Run) -> None:
+    def write_derived_files(self, state: TrainingState) -> None:
         """Write best.pth, history.csv and epoch_N.pth, which last.pth contains."""
         write_file(self.path / "best.pth", to_bytes(state.best))
         if state.history:
@@ -595,44 +566,55 @@ class RunFolder:
             write_file(self.path / f"epoch_{done}.pth", to_bytes(weights_of(state.ema)))
 
     def print(self, line: str) -> None:
-        """Print a line at once, also into a file or a pipe."""
-        print(line, flush=True)
+        """Print a line at once, also into a file or a pipe, and above the progress bar."""
+        tqdm.write(line)
+        sys.stdout.flush()
 
-    def print_summary(self, state: Run, batches: Batches, pairs: list[Pair]) -> None:
+    def show_progress(self, state: TrainingState, bar: tqdm) -> None:
+        """Show loss and ETA of the whole run in the progress bar; print a first estimate."""
+        bar.set_postfix_str(f"loss {state.mean_loss:.6f}, run ends in {state.eta}")
+        if state.global_step == FIRST_ESTIMATE and not state.args.minutes:
+            self.print(f"estimated time to the end of the run: {state.eta}")
+
+    def print_summary(self, state: TrainingState, batches: Batches, pairs: list[Pair]) -> None:
         """Print what will be trained, on what, and how long."""
         args, model, patches = state.args, state.model, batches.patches
         num_parameters = sum(p.numel() for p in model.parameters())
-        network = f"{model.architecture}, filters {'-'.join(map(str, args.filters))}"
-        self.print(f"network     {network}, {num_parameters:,} parameters, x{args.scale}")
         length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
-        length = f"{args.minutes:g} minutes" if args.minutes else length
-        schedule = f"{args.optimizer}, learning rate {args.lr:g}, {args.schedule} schedule"
-        self.print(f"training    {schedule}, {length} of {batches.batch_size} patches")
         precision = f"bfloat16 for {state.bf16:.0%} of the run" if state.bf16 else "float32"
         if args.bf16 and not state.bf16:
             precision = "float32 (bfloat16 is not faster on this device)"
-        threads = f"{torch.get_num_threads()} threads, " if batches.device.type == "cpu" else ""
-        self.print(f"device      {batches.device}, {threads}{precision}")
-        side, megabytes = patches.patch_shape[-1], patches.nbytes / 1e6
-        place = "streamed from disk" if batches.stream else "in memory"
-        self.print(f"patches     {len(patches):,} of {side} x {side}, {megabytes:,.0f} MB {place}")
+        self.print(
+            f"network     {model.architecture}, filters {'-'.join(map(str, model.filters))}, "
+            f"{num_parameters:,} parameters, x{args.scale}"
+        )
+        self.print(
+            f"training    {args.optimizer}, learning rate {args.lr:g}, {args.schedule} schedule, "
+            f"{f'{args.minutes:g} minutes' if args.minutes else length} of "
+            f"{count_of(batches.batch_size, 'patch')}"
+        )
+        self.print(f"device      {batches.device}, {torch.get_num_threads()} threads, {precision}")
+        self.print(
+            f"patches     {len(patches):,} of {' x '.join(map(str, patches.patch_shape))}, "
+            f"{patches.nbytes / 1e6:,.0f} MB {'from disk' if batches.stream else 'in memory'}"
+        )
         self.baseline = "none; best.pth will have the last weights"
         if pairs:
             self.baseline = f"bicubic {bicubic_psnr(pairs, args.scale):.2f} dB"
         self.print(f"evaluation  {count_of(len(pairs), 'image')}, {self.baseline}")
+        if state.data["num_ignored"]:
+            ignored = count_of(state.data["num_ignored"], "image")
+            self.print(f"ignoring    {ignored} too small or with infinite bicubic PSNR")
         if state.finished:
-            self.print(
-                "this run is finished; a larger --num-epochs, --steps or --minutes extends it"
-            )
+            self.print("this run is finished; a larger --num-epochs or --steps extends it")
         if self.writer:
             self.writer = self.writer(self.path / "tensorboard")
 
-    def print_evaluation(self, state: Run) -> None:
+    def print_evaluation(self, state: TrainingState) -> None:
         """Print the last row of the history, and send it to TensorBoard."""
-        row, epochs = state.history[-1], ""
+        row, epochs, psnr = state.history[-1], "", ""
         if not state.args.minutes:
             epochs = f"/{math.ceil(state.total_steps / state.steps_per_epoch)}"
-        psnr = ""
         if row["psnr"] is not None:
             psnr = f"PSNR {row['psnr']:.2f} dB (best {state.best_psnr:.2f})  "
         self.print(
@@ -645,10 +627,11 @@ class RunFolder:
                     self.writer.add_scalar(name, value, row["step"])
             self.writer.flush()
 
-    def print_result(self, state: Run) -> None:
+    def print_result(self, state: TrainingState) -> None:
         """Print where the weights are, how good they are, and how to use them."""
-        psnr = state.best_psnr
-        score = "the last weights" if psnr is None else f"{psnr:.2f} dB ({self.baseline})"
+        score = "the last weights"
+        if state.best_psnr is not None:
+            score = f"{state.best_psnr:.2f} dB ({self.baseline})"
         self.print(f"{self.path / 'best.pth'}: {score}")
         self.print(f"try it: python test.py IMAGE --weights-file {self.path / 'best.pth'}")
 
@@ -685,7 +668,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise InputError("is of another version of train.py; start from its weights by --init")
-        return {"args": checkpoint["args"], "data": checkpoint["data"]} | checkpoint
+        return checkpoint
 
 
 # --- processes and signals ------------------------------------------------------------------
@@ -708,42 +691,29 @@ class StopSignal:
         set_signal_handlers(raise_exit)
 
 
-def sync_ranks(state: Run, stop: StopSignal) -> None:
+def sync_ranks(state: TrainingState, stop: StopSignal) -> None:
     """Give all ranks the same clock, stop signal and mean loss; check that the loss is finite.
 
     All ranks must leave the loop at the same step. During training this is the only collective
     besides DDP's. It is called every SYNC_EVERY steps, after an epoch, and after an evaluation.
 
     Raises:
-        InputError: on all ranks, if the loss is not finite.
+        InputError: on all ranks, if the loss is not finite; the files remain those of before.
     """
     state.seconds = time.perf_counter() - state.started
     if state.world_size > 1:
-        numbers = (state.seconds, stop.received, state.loss_sum.item(), state.evaluation_seconds)
-        values = torch.tensor(numbers)
+        values = torch.tensor((state.seconds, stop.received, state.loss_sum.item()))
         gathered = values.to(state.loss_sum.device).repeat(state.world_size, 1)
         dist.all_gather(list(gathered), gathered[0].clone())
-        seconds, received, loss_sum, evaluation_seconds = gathered.unbind(1)
+        seconds, received, loss_sum = gathered.unbind(1)
         state.seconds, stop.agreed = seconds.max().item(), int(received.max())
-        state.evaluation_seconds = evaluation_seconds.max().item()
         # The mean of the ranks' sums stays right when each rank adds its further losses to it.
         state.loss_sum = loss_sum.mean()
-    check_loss(state)
-
-
-def check_loss(state: Run) -> None:
-    """Stop a run whose loss is not finite; best.pth and last.pth remain those of before."""
     if not math.isfinite(state.mean_loss):
-        raise divergence_error(state)
-
-
-def divergence_error(state: Run) -> InputError:
-    """Return the error of a run that has diverged."""
-    lr = state.optimizers[0].param_groups[0]["lr"]
-    return InputError(
-        f"--lr: the loss or the output is not finite in epoch {state.epoch} at a learning rate of "
-        f"{lr:.2g}; try a lower --lr or a longer --warmup"
-    )
+        raise InputError(
+            f"--lr: the loss is not finite in epoch {state.epoch} at a learning rate of "
+            f"{state.max_lr:.2g}; try a lower --lr or a longer --warmup"
+        )
 
 
 def init_processes(device: torch.device) -> tuple[int, int]:
@@ -789,8 +759,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     on_off = argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--train-file", nargs="+", metavar="FILE", help="h5 files of prepare.py")
-    eval_file = "h5 files of prepare.py --eval; without: keep the last weights"
-    add("--eval-file", nargs="+", metavar="FILE", help=eval_file)
+    add("--eval-file", nargs="+", metavar="FILE", help="h5 files of prepare.py --eval")
     add("--scale", type=number(int, 1, 65), default=3, help="(default: 3)")
     add("--batch-size", type=number(int, 1), default=16, help="of all ranks together (default: 16)")
     add("--augment", action=on_off, default=True, help="flip and rotate (default: on)")
@@ -806,29 +775,51 @@ def get_args_parser() -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=number(float, 1e-3), help="length in minutes instead")
     add("--optimizer", choices=tuple(LEARNING_RATES), default="adam", help="(default: adam)")
     add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
-    last_layer = "learning rate of the last layer, as a factor of --lr (default: the paper's 0.1)"
-    add("--last-layer-lr", type=number(float, 0), default=0.1, help=last_layer)
+    add(
+        "--last-layer-lr",
+        type=number(float, 0),
+        default=0.1,
+        help="learning rate of the last layer, as a factor of --lr (default: the paper's 0.1)",
+    )
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
     add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the weights' EMA; 0: none")
-    symmetry = "4: filters tied under 90-degree rotations; 1: free filters (default)"
-    add("--symmetry", type=int, choices=(1, NUM_ROTATIONS), default=1, help=symmetry)
-    bf16 = "fraction of training that runs in bfloat16 (default 0.7 when given without a value)"
-    add("--bf16", type=number(float, 0, 1.01), nargs="?", const=0.7, default=0.0, help=bf16)
+    add(
+        "--symmetry",
+        type=int,
+        choices=(1, NUM_ROTATIONS),
+        default=1,
+        help="4: filters tied under 90-degree rotations; 1: free filters (default)",
+    )
+    add(
+        "--bf16",
+        type=number(float, 0, 1.01),
+        nargs="?",
+        const=0.7,
+        default=0.0,
+        help="fraction of training that runs in bfloat16 (default 0.7 when given without a value)",
+    )
 
     add = parser.add_argument_group("network").add_argument
     add("--filters", type=number(int, 1, 4097), nargs="+", default=[64, 32], metavar="N")
     add("--kernel-sizes", type=number(int, 1, 100), nargs="+", default=[9, 5, 5], metavar="K")
-    init = f"{', '.join(INITS)}, or a weights file to fine-tune (default: identity)"
-    add("--init", default="identity", metavar="NAME|FILE", help=init)
+    add(
+        "--init",
+        default="identity",
+        metavar="NAME|FILE",
+        help=f"{', '.join(INITS)}, or a weights file to fine-tune (default: identity)",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--outputs-dir", default="outputs", help="(default: outputs)")
     add("--resume", nargs="?", const="", metavar="FILE", help="continue the run of a last.pth")
-    auto_resume = "resume outputs-dir/xS/last.pth if it exists, else start a new run"
-    add("--auto-resume", action="store_true", help=auto_resume)
-    every = "steps between evaluations (default: an epoch, or a 20th of the run)"
-    add("--eval-every", type=number(int, 1), metavar="N", help=every)
+    add("--auto-resume", action="store_true", help="resume outputs-dir/xS/last.pth if it exists")
+    add(
+        "--eval-every",
+        type=number(int, 1),
+        metavar="N",
+        help="steps between evaluations (default: an epoch, or a 20th of the run)",
+    )
     add("--save-every", type=number(int, 0), default=0, metavar="N", help="also keep epoch_N.pth")
     add("--tensorboard", action="store_true", help="also write TensorBoard files")
 

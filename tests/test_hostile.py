@@ -539,7 +539,7 @@ def test_no_file_in_a_folder_of_pairs_or_results_is_overwritten(do, flags):
 def test_the_scripts_expand_patterns(do):
     shutil.copy("train.h5", "train2.h5")
     shutil.copytree("in", "in2")
-    assert "\npatches     128 of 33 x 33" in do(TRAIN + "--train-file train*.h5").out
+    assert "\npatches     128 of 1 x 33 x 33" in do(TRAIN + "--train-file train*.h5").out
     out = do("prepare --scale 3 --eval --output-path o.h5 --images-dir in*").out
     assert out == "o.h5: 2 images for x3\n"
     assert do(TEST + "in2/?.png --output new/").out.split()[0] == "new/a_srcnn_x3.png"

@@ -342,7 +342,7 @@ def test_six_gigabytes_are_streamed_in_bounded_memory(train_flags, tmp_path):
         time.sleep(0.02)
     status, out, err = end(process)
     assert (status, err) == (0, "")
-    assert f"{count:,} of 33 x 33, 6,000 MB streamed from disk" in out
+    assert f"{count:,} of 1 x 33 x 33, 6,000 MB from disk" in out
     assert 0.1e9 < peak < 1.5e9
 
 
