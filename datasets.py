@@ -20,7 +20,6 @@ from utils import InputError, open_input, Pair, set_signal_handlers
 
 MAX_RESIDENT_BYTES = 2 << 30  # larger sets of patches are streamed from disk by default
 HINT = "create it again with prepare.py"
-OLD_DEGRADATIONS = {"matlab": "bicubic", "given": "pairs"}  # in files of earlier versions
 
 
 class DataLoadingError(InputError):
@@ -43,18 +42,15 @@ def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict:
     samples = [hr[:: max(1, len(hr) // 256)]] if kind is h5py.Dataset else hr.values()
     if 0 < max((np.max(values) for values in samples if values.size), default=0) <= 1:
         raise InputError(f"contains values in 0..1 instead of 0..255; {HINT}")
-    attributes = {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
-    if attributes.get("degradation") in OLD_DEGRADATIONS:
-        attributes["degradation"] = OLD_DEGRADATIONS[attributes["degradation"]]
-    return attributes
+    return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
 
 
 def check_compatible(path: str | Path, attributes: dict, others: dict) -> None:
-    """Refuse to combine files of different degradations, value ranges or bit depths."""
-    for name in ("degradation", "jpeg", "range", "bit_depth"):  # yjn870's files do not have them
-        ours, theirs = attributes.get(name), others.get(name)
-        if None not in (ours, theirs) and ours != theirs:
-            raise InputError(f"{path}: has {name} {ours}, the other file {theirs}; use equal ones")
+    """Refuse to combine files of different channels, degradations, value ranges or bit depths."""
+    for name in ("channels", "degradation", "jpeg", "range", "bit_depth"):
+        value, other = attributes.get(name), others.get(name)  # yjn870's files do not have them
+        if None not in (value, other) and value != other:
+            raise InputError(f"{path}: has {name} {value}, the other file {other}; use equal ones")
 
 
 def read_finite(dataset: h5py.Dataset, rows: object = ...) -> np.ndarray:
@@ -90,12 +86,12 @@ class H5Patches(Dataset):
                 ilr, hr = file["lr"].shape, file["hr"].shape
                 if ilr != hr or len(ilr) not in (3, 4) or ilr[-1] != ilr[-2] or not ilr[0]:
                     raise InputError(f"'lr' is {ilr}, 'hr' {hr}, not both N x P x P; {HINT}")
-                if ilr[-1] < 2 * halo + 1:
-                    needed = f"--patch-size {2 * halo + 1} or more"
+                if ilr[-1] <= 2 * halo:
                     raise InputError(
-                        f"has patches of {ilr[-1]} pixels; this network needs {needed}"
+                        f"has patches of {ilr[-1]} pixels; use --patch-size {2 * halo + 1} or more"
                     )
                 shapes.append(ilr[1:] if len(ilr) == 4 else (1, *ilr[1:]))
+                attributes["channels"] = shapes[-1][0]
                 if shapes[-1] != shapes[0]:
                     raise InputError(f"has patches of {shapes[-1]}, not {shapes[0]}; use one kind")
                 self.starts.append(self.starts[-1] + ilr[0])
@@ -272,8 +268,9 @@ def read_eval_pairs(path: str | Path, scale: int | None = None) -> tuple[list[Pa
             ilr, hr = read_finite(file["lr"][name]), read_finite(file["hr"][name])
             if ilr.shape != hr.shape or ilr.ndim not in (2, 3):
                 raise InputError(f"image {name!r} differs in shape between 'lr' and 'hr'; {HINT}")
-            attrs = file["hr"][name].attrs
-            greyscale = bool(attrs.get("greyscale", False))
-            image_name = str(attrs.get("name", f"{Path(path).name}/{name}"))
-            pairs.append(Pair(ilr, hr, quantum=quantum, greyscale=greyscale, name=image_name))
+            pair = Pair(ilr, hr, quantum=quantum)
+            pair.greyscale = bool(file["hr"][name].attrs.get("greyscale", False))
+            pair.name = str(file["hr"][name].attrs.get("name", f"{Path(path).name}/{name}"))
+            pairs.append(pair)
+        attributes["channels"] = pairs[0].num_channels
     return pairs, attributes
