@@ -17,8 +17,8 @@ h5() { # h5 NAME SCALE FLAGS...: the patches of T91
 }
 stage() { # stage RUN H5 SCALE FLAGS...: $work/RUN/xSCALE/best.pth
   echo "== $1 x$3"
-  python train.py --recipe fast --batch-size 8 --train-file "$work/$2_x$3.h5" --scale "$3" \
-    --outputs-dir "$work/$1" --auto-resume "${@:4}"
+  python train.py --recipe fast --train-file "$work/$2_x$3.h5" --scale "$3" \
+    --outputs-dir "$work/$1" --auto-resume --batch-size 8 "${@:4}"
 }
 
 case $network in
@@ -47,14 +47,13 @@ srcnn_9-1-5)
     stage small luma "$scale" $small --init "$work/small/x3/best.pth" --steps 16000
   fi
   ;;
-srcnn_photo)
-  h5 jpeg 2 --num-channels 3 --jpeg 15 95
-  stage photo jpeg 2 --steps 14000 --bf16 0.85
-  last=photo
-  if [ "$scale" != 2 ]; then
-    h5 jpeg "$scale" --num-channels 3 --jpeg 15 95
-    stage photo jpeg "$scale" --init "$work/photo/x2/best.pth" --lr 0.006 --steps 4500 --bf16 0.8
-  fi
+srcnn_rgb | srcnn_photo | srcnn_photo-luma)
+  flags=()
+  [ "$network" = srcnn_photo-luma ] || flags+=(--num-channels 3)
+  [ "$network" = srcnn_rgb ] || flags+=(--jpeg 15 100)
+  h5 "$network" "$scale" "${flags[@]}"
+  stage "$network" "$network" "$scale" --batch-size 16 --steps 21000
+  last=$network
   ;;
 *) echo "$name: unknown" >&2; exit 2 ;;
 esac
