@@ -45,8 +45,9 @@ class SRCNN(nn.Module):
     Attributes:
         num_channels, filters, kernel_sizes: the arguments.
         halo: pixels by which a `valid` output is smaller on each side.
-        info: of the training data, as far as it is known: "degradation" ("bicubic", "jpeg" or
-            "pairs"), "jpeg", "scale", "range" and "bit_depth". Stored in weights files.
+        info: the attributes of the training file, as far as they are known: "degradation"
+            ("bicubic", "jpeg" or "pairs"), "jpeg", "scale", "range", "bit_depth", ... Stored in
+            weights files.
 
     Raises:
         ValueError: arguments that describe no network, or an unknown `init`.

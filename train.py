@@ -110,7 +110,7 @@ class TrainingState:
         self.frozen = identity_filters(self.model) if args.optimizer == "muon" else []
         self.network = DistributedDataParallel(self.model) if world_size > 1 else self.model
         self.ema = copy.deepcopy(self.model)
-        self.ema.info = training_info(args, batches)
+        self.ema.info = batches.patches.attributes | {"scale": args.scale}
         self.optimizers = make_optimizers(self.model, args)
         self.bf16 = args.bf16 if bf16_is_faster(batches.device) else 0.0
         # The paper's loss, to which its learning rates for SGD belong, sums over the pixels.
@@ -487,12 +487,6 @@ def load_data(
 def bicubic_psnr(pairs: list[Pair], scale: int) -> float:
     """Return the mean PSNR in dB of the network's input."""
     return fmean(protocol_psnr(pair.ilr, pair.hr, scale, pair.quantum) for pair in pairs)
-
-
-def training_info(args: argparse.Namespace, batches: Batches) -> dict:
-    """Return what test.py has to know about the training data; see SRCNN.info."""
-    attributes, names = batches.patches.attributes, ("degradation", "jpeg", "range", "bit_depth")
-    return {"scale": args.scale} | {n: attributes[n] for n in names if n in attributes}
 
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:

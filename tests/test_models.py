@@ -160,11 +160,11 @@ def test_weights_of_a_run_tell_what_they_were_trained_on(call, tmp_path, monkeyp
     expected = expected | {"scale": 2}
     for name in "best", "last", "epoch_1", "epoch_2":
         path = f"out/x2/{name}.pth"
-        assert load_srcnn(path).info == expected, name
+        assert load_srcnn(path).info.items() >= expected.items(), name
         assert default_back_projection(load_srcnn(path)) == (kind == "bicubic"), name
         state = torch.load(path, weights_only=True)
         state = state["ema"] if name == "last" else state
-        assert state._metadata["srcnn"] == expected
+        assert state._metadata["srcnn"].items() >= expected.items()
         fork = ForkSRCNN()  # other programs ignore what the file tells
         fork.load_state_dict(state)
         assert all(torch.equal(weight, state[key]) for key, weight in fork.state_dict().items())
