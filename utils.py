@@ -197,8 +197,7 @@ def find_images(
         ignored: receives the other files in the folders.
 
     Returns:
-        For each path its unique name: the path relative to the named folder (for a named file
-        the file's name), or if some of these are equal, relative to the folder above all.
+        {path: its unique name, relative to the named folder}, see unique_names.
 
     Raises:
         InputError: a missing folder, or one without an image.
@@ -222,7 +221,7 @@ def find_images(
 
 
 def unique_names(images: dict[Path, Path]) -> dict[Path, Path]:
-    """Return {path: name}; if some names are equal, all become relative to the common folder."""
+    """Return {path: name}; if names are equal, all become relative to the folder above all."""
     if len(set(images.values())) == len(images):
         return images
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
@@ -235,9 +234,10 @@ def walk(folder: Path) -> Iterator[Path]:
     for parent, subfolders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
         if real in visited:
-            subfolders.clear(), names.clear()
-        visited.add(real)
-        yield from (Path(parent, name) for name in names)
+            subfolders.clear()
+        else:
+            visited.add(real)
+            yield from (Path(parent, name) for name in names)
 
 
 def is_image_name(relative: Path, results: bool) -> bool:
@@ -368,8 +368,6 @@ def open_image(path: str | Path) -> Image.Image:
         ignored_bands = tags.get(Tag.SamplesPerPixel, 1) - len(image.getbands())
         if ignored_bands > 0:
             notes.append(f"{count_of(ignored_bands, 'further band')} ignored")
-        is_unsigned = tags.get(Tag.SampleFormat, (1,))[0] == 1
-        white_is_zero = tags.get(Tag.PhotometricInterpretation) == 0
         exif = Image.Exif()
         with suppress(Exception):  # damaged EXIF does not make an image unusable
             exif = image.getexif()
@@ -381,19 +379,20 @@ def open_image(path: str | Path) -> Image.Image:
         upright = ImageOps.exif_transpose(image)
         if orientation in (5, 6, 7, 8) and "dpi" in image.info:
             upright.info["dpi"] = image.info["dpi"][::-1]
-        if image.mode == "I" and bits == 32 and is_unsigned and np.asarray(image).min() < 0:
+        is_uint32 = bits == 32 and tags.get(Tag.SampleFormat, (1,))[0] == 1
+        if image.mode == "I" and is_uint32 and np.asarray(image).min() < 0:
             raise InputError("has values above 2^31, which Pillow cannot decode; convert it")
         if image.mode == "I;16" and "transparency" in image.info:
             notes.append("transparency of 16-bit greyscale is ignored")
         upright.info |= {"exif": portable_exif(exif), "jpeg_quality": jpeg_quality(image)}
-        upright.info |= {"path": path, "bits": bits, "white_is_zero": white_is_zero}
+        upright.info |= {"path": path, "notes": notes, "bits": bits}
+        upright.info["white_is_zero"] = tags.get(Tag.PhotometricInterpretation) == 0
         with suppress(Exception):  # there is no second frame, or it cannot be decoded
             image.seek(image.tell() + 1)
             # The second image of a phone's MPO is a preview, that of a TIFF may be a mask.
             is_frame = image.format != "MPO" and not tags.get(Tag.NewSubfileType, 0)
             if is_frame and image.tell() == 1:
                 notes.append(f"{image.n_frames} frames, only the first is used")
-    upright.info["notes"] = notes
     return upright
 
 
@@ -451,8 +450,10 @@ def portable_exif(exif: Image.Exif) -> bytes:
         for folder in EXIF_FOLDERS:
             values = exif.get_ifd(folder).items()
             portable[folder] = {k: v for k, v in values if k not in NOT_IN_FOLDERS}
-        content = portable.tobytes()
-        if any(portable.values()) and len(content) < 60_000:  # a JPEG stores less than 65,536
+            if not portable[folder]:
+                del portable[folder]
+        content = portable.tobytes() if portable else b""
+        if len(content) < 60_000:  # a JPEG stores less than 65,536 bytes
             return content
     return b""
 
@@ -769,13 +770,11 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
 def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
-    """Check before the work begins that outputs can be written and overwrite no input.
+    """Raise InputError, before the work begins, for an output that cannot be written.
 
     Args:
         outputs: (the flag or file that asks for it, the path); links are followed.
-
-    Raises:
-        InputError: an output that is an input, another output, a folder, or not writable.
+        inputs: files that no output may overwrite; nor may two outputs be one file.
     """
     claimed = {os.path.realpath(path): path for path in inputs}
     for source, output in outputs:
@@ -844,14 +843,26 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def add_image_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that prepare.py and test.py share."""
-    add, limit = group.add_argument, Image.MAX_IMAGE_PIXELS
-    max_pixels = "refuse larger images (default: %(default)s)"
-    add("--max-pixels", type=number(int, 1), default=limit, metavar="N", help=max_pixels)
-    value_range = "values of black and white (default: those of the file's type)"
-    finite = number(float, -math.inf)
-    add("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=value_range)
-    lr_dir = "LR images, S times smaller or of equal size, matched by subfolder and name"
-    add("--lr-dir", nargs="+", metavar="DIR", help=lr_dir)
+    group.add_argument(
+        "--max-pixels",
+        type=number(int, 1),
+        default=Image.MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="refuse larger images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--range",
+        type=number(float, -math.inf),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white (default: those of the file's type)",
+    )
+    group.add_argument(
+        "--lr-dir",
+        nargs="+",
+        metavar="DIR",
+        help="LR images, S times smaller or of equal size, matched by subfolder and name",
+    )
 
 
 def apply_image_flags(args: argparse.Namespace) -> None:
@@ -888,15 +899,17 @@ def run(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         report(error)
-    except KeyboardInterrupt:  # a shell's loop over runs stops only if SIGINT ends this one
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         status, sys.stdout = 128 + 13, None  # SIGPIPE; Python would flush stdout again at exit
     except OSError as error:
         place = error.filename or "stdout or the system"
         report(InputError(f"{place}: {error.strerror or error}; name another place"))
         sys.stdout = None
+    if status == 128 + signal.SIGINT:  # a shell's loop over runs stops only if SIGINT ends this one
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 
