@@ -18,9 +18,10 @@ import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import h5py
 import numpy as np
@@ -29,8 +30,7 @@ from tqdm import tqdm
 
 from utils import add_image_flags, apply_image_flags, ArgumentParser, atomic_path, check_outputs
 from utils import count_of, find_images, InputError, make_pair, match_images, number, only_match
-from utils import open_image, open_input, Pair, read_pair, report_errors, run, unique_names
-from utils import raise_exit, set_signal_handlers, write_file
+from utils import open_image, Pair, raise_exit, report_errors, run, set_signal_handlers, write_file
 
 LAYOUT_VERSION = 1
 CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for a short index
@@ -43,39 +43,28 @@ def make_pairs(
 ) -> Iterator[tuple[object, Pair]]:
     """Yield (path, Pair) for every image, and for its copies downscaled by the factors.
 
+    The LR image is that of --lr-dir, with --jpeg a JPEG of random quality, or the protocol's.
+
     Args:
         images: names by path, or by seed for synthetic images.
-        lr_paths: match_images of --lr-dir; empty to make the LR images by bicubic.
+        lr_paths: match_images of --lr-dir, or empty.
         failed: receives the paths of images that cannot be used, which are reported.
     """
     rng = np.random.default_rng(args.seed)
     for path, name in images.items():
         with report_errors(path, failed):
+            image, lr_image = dead_leaves(path) if args.synthetic else open_image(path), None
             if lr_paths:
-                lr_path = only_match(path, lr_paths[path], "--lr-dir")
-                pairs = [read_pair(path, lr_path, args.scale, args.num_channels, args.range)]
-            else:
-                image = dead_leaves(path) if args.synthetic else open_image(path)
-                pairs = degraded_pairs(image, factors, args, rng)
-            for pair in pairs:
+                lr_image = open_image(only_match(path, lr_paths[path], "--lr-dir"))
+            if factors and image.mode in ("1", "P"):  # Pillow does not interpolate these
+                image = image.convert("L" if image.mode == "1" else "RGB")
+            for factor in (1, *factors):
+                size = [max(1, round(factor * side)) for side in image.size]
+                copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
+                quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1)) if args.jpeg else None
+                pair = make_pair(copy, lr_image, args.scale, args.num_channels, args.range, quality)
                 pair.name = name
                 yield path, pair
-
-
-def degraded_pairs(
-    image: Image.Image, factors: list[float], args: argparse.Namespace, rng: np.random.Generator
-) -> Iterator[Pair]:
-    """Yield the pair of an image, and of its copies downscaled by the factors.
-
-    The LR image is the protocol's, or with --jpeg a JPEG of random quality.
-    """
-    if factors and image.mode in ("1", "P"):  # Pillow does not interpolate these
-        image = image.convert("L" if image.mode == "1" else "RGB")
-    for factor in (1, *factors):
-        size = [max(1, round(factor * side)) for side in image.size]
-        copy = image if factor == 1 else image.resize(size, Image.Resampling.BICUBIC)
-        quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1)) if args.jpeg else None
-        yield make_pair(copy, None, args.scale, args.num_channels, args.range, quality)
 
 
 # --- synthetic images -----------------------------------------------------------------------
@@ -148,35 +137,34 @@ class DeferredErrors(io.FileIO):
     Failed writes seem to succeed and signals are remembered, until `check` raises the first.
     """
 
-    error: BaseException | None = None
-
     def __init__(self, path: str | Path) -> None:
-        set_signal_handlers(self.remember_signal)
+        self.errors: list[OSError] = []
+        self.signals: list[int] = []
+        set_signal_handlers(lambda signum, frame: self.signals.append(signum))
         super().__init__(path, "w+")
 
-    def write(self, data: memoryview) -> None:
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
         try:
+            yield
+        except OSError as error:
+            self.errors.append(error)
+
+    def write(self, data: memoryview) -> None:
+        with self.deferred():
             while len(data):
                 data = data[super().write(data) :]
-        except OSError as error:
-            self.error = self.error or error
 
     def truncate(self, size: int | None = None) -> None:
-        try:
+        with self.deferred():
             super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-
-    def remember_signal(self, signum: int, frame: object) -> None:
-        try:
-            raise_exit(signum, frame)
-        except BaseException as error:
-            self.error = self.error or error
 
     def check(self) -> None:
-        """Raise the first error, or the exception of the first signal."""
-        if self.error:
-            raise self.error
+        """Raise the exception of the first signal, or the first error."""
+        if self.signals:
+            raise_exit(self.signals[0], None)
+        if self.errors:
+            raise self.errors[0]
 
 
 def write_h5(
@@ -222,10 +210,8 @@ def hold_out(images: dict, part: float, seed: int) -> tuple[dict, dict]:
     count = min(max(1, round(part * len(images))), len(images) - 1)
     order = np.random.default_rng(seed).permutation(len(images))
     names = list(images)
-    eval_names, train_names = (
-        [names[i] for i in sorted(indices)] for indices in np.split(order, [count])
-    )
-    return {n: images[n] for n in train_names}, {n: images[n] for n in eval_names}
+    held_out = {names[i]: images[names[i]] for i in sorted(order[:count])}
+    return {n: images[n] for n in names if n not in held_out}, held_out
 
 
 # --- download -------------------------------------------------------------------------------
@@ -235,15 +221,10 @@ SOURCES = (
     "http://mmlab.ie.cuhk.edu.hk/projects/SRCNN/SRCNN_train.zip",
     "https://github.com/tegg89/SRCNN-Tensorflow/archive/refs/heads/master.zip",
 )
-MAX_ENTRY_BYTES = 16 << 20  # of a file in an archive; T91's have 0.3 MB at most
 
 
 def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
-    """Return {name: SHA-256} of the manifest's files that `folder` lacks or has damaged.
-
-    Args:
-        manifest: a file that sha256sum wrote.
-    """
+    """Return {name: SHA-256} of the files of sha256sum's manifest that are missing or damaged."""
     missing = {}
     for line in manifest.read_text().splitlines():
         digest, name = line.split(maxsplit=1)
@@ -253,32 +234,34 @@ def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
     return missing
 
 
-def extract(archive: io.IOBase | str, folder: Path, missing: dict[str, str]) -> None:
+@contextmanager
+def open_source(source: str) -> Iterator[BinaryIO | str]:
+    """Yield the path of a local archive, or a temporary file with the download of a URL."""
+    if not source.startswith("http"):
+        if not Path(source).is_file():
+            raise OSError("no such zip file")
+        yield source
+        return
+    with urllib.request.urlopen(source, timeout=30) as response, tempfile.TemporaryFile() as file:
+        name, total = Path(source).name, response.length
+        with tqdm.wrapattr(response, "read", total, desc=name, disable=None) as body:
+            shutil.copyfileobj(body, file)
+        yield file
+
+
+def extract(source: str, folder: Path, missing: dict[str, str]) -> None:
     """Write the missing files of a zip archive to their places in the manifest.
 
     They are found by content. The names in the archive, which might lead out of `folder`, are
     never used.
     """
-    with zipfile.ZipFile(archive) as opened:
-        for entry in opened.infolist():
-            if entry.file_size > MAX_ENTRY_BYTES:
-                continue
-            content = opened.read(entry)
+    with open_source(source) as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            content = archive.read(entry)
             digest = hashlib.sha256(content).hexdigest()
             for name, wanted in missing.items():  # two images of T91 are equal
                 if wanted == digest:
                     write_file(folder / name, content)
-
-
-def fetch(url: str, folder: Path, missing: dict[str, str]) -> None:
-    """Download a zip archive to a temporary file and extract the missing files."""
-    with urllib.request.urlopen(url, timeout=30) as response, tempfile.TemporaryFile() as file:
-        bar = {"desc": Path(url).name, "disable": None}
-        with tqdm.wrapattr(response, "read", response.length, **bar) as body:
-            shutil.copyfileobj(body, file)
-        if response.length:
-            raise OSError(f"broke off, {response.length:,} bytes are missing")
-        extract(file, folder, missing)
 
 
 def download(
@@ -289,30 +272,26 @@ def download(
 ) -> None:
     """Create folder/T91, folder/Set5 and folder/Set14 from an archive or the first good source.
 
-    Files that are already there are not fetched again.
-
     Raises:
         InputError: files are missing afterwards.
     """
-    missing = missing_files(folder, manifest)
-    if archive:
-        with open_input(archive, "zip file", "pass --archive FILE.zip"):
-            extract(archive, folder, missing)
-        missing = missing_files(folder, manifest)
-    for i, url in enumerate([] if archive else sources, 1):
+    missing, problem = missing_files(folder, manifest), ""
+    for source in [archive] if archive else sources:
         if not missing:
             break
+        if problem:
+            print(f"{problem}; trying the next source", file=sys.stderr)
         try:
-            fetch(url, folder, missing)
+            extract(source, folder, missing)
         except Exception as error:  # no connection, an interrupted one, a damaged archive
-            following = "; trying the next source" if i < len(sources) else ""
-            print(f"{url}: {error}{following}", file=sys.stderr)
+            problem = f"{source}: {error}"
         missing = missing_files(folder, manifest)
     if missing:
-        names = ", ".join(sorted(missing)[:3])
-        problem = f"{len(missing)} files are missing ({names}, ...)"
-        hint = f"fetch {SOURCES[0]} in another way and pass --archive FILE.zip"
-        raise InputError(f"{archive or folder}: {problem}; {hint}")
+        raise InputError(
+            f"{problem or archive or folder}: {len(missing)} files are missing "
+            f"({', '.join(sorted(missing)[:3])}, ...); fetch {SOURCES[0]} in another way and pass "
+            "--archive FILE.zip"
+        )
     print(f"{folder}: T91, Set5 and Set14 are complete")
 
 
@@ -322,52 +301,63 @@ def download(
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("images, from one of the first three")
-    source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images-dir", nargs="+", metavar="DIR", help="folders of HR images")
-    synthetic = "make N dead-leaves images instead"
-    source.add_argument("--synthetic", type=number(int, 1, 10_001), metavar="N", help=synthetic)
-    download_to = "only download T91, Set5 and Set14 to this folder"
-    source.add_argument("--download", type=Path, metavar="DIR", help=download_to)
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--images-dir", nargs="+", metavar="DIR", help="folders of HR images")
+    add("--synthetic", type=number(int, 1, 10_001), metavar="N", help="make N dead-leaves images")
+    add("--download", type=Path, metavar="DIR", help="only download T91, Set5 and Set14 to DIR")
     add = group.add_argument
     add("--archive", metavar="FILE.zip", help="with --download: a local copy of the archive")
     add_image_flags(group)
-    shrink = "also use copies downscaled by these factors"
-    add("--shrink", type=number(float, 0.01, 1), nargs="+", default=[], metavar="F", help=shrink)
-    jpeg = "save the LR images as JPEG of a random quality in this range"
-    quality = number(int, 1, 101)
-    add("--jpeg", type=quality, nargs=2, metavar=("LOW", "HIGH"), help=jpeg)
+    add(
+        "--shrink",
+        type=number(float, 0.01, 1),
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="also use copies downscaled by these factors",
+    )
+    add(
+        "--jpeg",
+        type=number(int, 1, 101),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="save the LR images as JPEG of a random quality in this range",
+    )
     add("--num-channels", type=int, choices=(1, 3), default=1, help="1: luma (default), 3: RGB")
     add("--seed", type=number(int, 0, 100), default=0, help="of --synthetic, --hold-out and --jpeg")
 
-    add = parser.add_argument_group("h5 file").add_argument
+    group = parser.add_argument_group("h5 file")
+    add = group.add_argument
     add("--output-path", metavar="FILE", help="the h5 file to write")
     add("--scale", type=number(int, 1, 65), metavar="N", help="upscaling factor")
     add("--patch-size", type=number(int, 1, 4097), default=33, help="(default: 33)")
     add("--stride", type=number(int, 1, 4097), default=14, help="(default: 14)")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--eval", action="store_true", help="whole images, to evaluate on")
-    part = "write this part of the images to STEM_eval.h5 instead, to evaluate on"
-    add("--hold-out", type=number(float, 1e-6, 1), metavar="PART", help=part)
+    add(
+        "--hold-out",
+        type=number(float, 1e-6, 1),
+        metavar="PART",
+        help="write this part of the images to STEM_eval.h5 instead, to evaluate on",
+    )
     return parser
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that are missing or contradict each other."""
-    for flag in ("--output-path", "--scale"):
-        if getattr(args, flag[2:].replace("-", "_")) is None:
-            raise InputError(f"the following arguments are required: {flag}")
-    if args.lr_dir is not None and (args.synthetic or args.shrink or args.jpeg):
+    if args.archive:
+        raise InputError("--archive: use it with --download DIR")
+    if args.output_path is None or args.scale is None:
+        raise InputError("--output-path, --scale: both are required")
+    if args.lr_dir and (args.synthetic or args.shrink or args.jpeg):
         raise InputError("--lr-dir: use it with --images-dir, without --shrink and --jpeg")
     if args.jpeg and args.jpeg[0] > args.jpeg[1]:
         raise InputError("--jpeg: LOW must not exceed HIGH")
-    if args.scale == 1 and args.lr_dir is None:
+    if args.scale == 1 and not args.lr_dir:
         raise InputError("--scale 1: use it with --lr-dir and images of equal size")
-    if args.hold_out and args.eval:
-        raise InputError("--hold-out: also writes an evaluation file; drop --eval")
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.archive and not args.download:
-        raise InputError("--archive: use it with --download DIR")
     if args.download:
         download(args.download, args.archive)
         return 0
@@ -378,9 +368,9 @@ def main(args: argparse.Namespace) -> int:
         first = 1_000_000 * args.eval + 10_000 * args.seed
         images = {seed: f"synthetic/{seed}" for seed in range(first, first + args.synthetic)}
     else:
-        paths = find_images(args.images_dir, folders_only=True)
-        paths = {path: relative for path, relative in paths.items() if path in (lr_paths or paths)}
-        images = {p: name.with_suffix("").as_posix() for p, name in unique_names(paths).items()}
+        images = find_images(args.images_dir, folders_only=True)
+        images = {path: name.with_suffix("").as_posix() for path, name in images.items()}
+        images = {path: name for path, name in images.items() if path in (lr_paths or images)}
     jobs = [(args.output_path, images, args.eval)]  # (h5 file, images, whether they stay whole)
     if args.hold_out:
         train_images, eval_images = hold_out(images, args.hold_out, args.seed)
@@ -389,30 +379,29 @@ def main(args: argparse.Namespace) -> int:
     inputs = [] if args.synthetic else [*images, *itertools.chain(*lr_paths.values())]
     check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
 
+    common = {"scale": args.scale, "version": LAYOUT_VERSION}
+    common["degradation"] = "pairs" if args.lr_dir else "jpeg" if args.jpeg else "bicubic"
+    if args.jpeg:
+        common["jpeg"] = args.jpeg
     failed, summary = [], []
     with ExitStack() as files:  # no file appears before all are complete
         for path, job_images, whole in jobs:
-            attributes = {"scale": args.scale, "version": LAYOUT_VERSION}
-            attributes["degradation"] = "pairs" if lr_paths else "jpeg" if args.jpeg else "bicubic"
-            attributes |= {"jpeg": args.jpeg} if args.jpeg else {}
-            append = append_image
-            if not whole:
-                append = partial(append_patches, size=args.patch_size, stride=args.stride)
-                attributes |= {"patch_size": args.patch_size, "stride": args.stride}
             factors = args.shrink if whole == args.eval else []  # held-out images have no copies
             pairs = make_pairs(args, job_images, lr_paths, factors, failed)
             total = len(job_images) * (1 + len(factors))
-            progress_bar = tqdm(pairs, "images", total, leave=False, disable=None)
-            count = write_h5(
-                files.enter_context(atomic_path(path)), progress_bar, append, attributes
-            )
+            pairs = tqdm(pairs, "images", total, leave=False, disable=None)
+            append, attributes = append_image, dict(common)
+            if not whole:
+                append = partial(append_patches, size=args.patch_size, stride=args.stride)
+                attributes |= {"patch_size": args.patch_size, "stride": args.stride}
+            partial_path = files.enter_context(atomic_path(path))
+            count = write_h5(partial_path, pairs, append, attributes)
+            if not count and failed:
+                raise SystemExit(2)
             if not count:
-                if failed:
-                    raise SystemExit(2)
                 raise InputError("--patch-size, --scale: no image is large enough; lower them")
-            summary.append(
-                f"{path}: {count_of(count, 'image' if whole else 'patch')} for x{args.scale}"
-            )
+            noun = "image" if whole else "patch"
+            summary.append(f"{path}: {count_of(count, noun)} for x{args.scale}")
             if args.hold_out and whole:
                 summary.append(f"held out: {', '.join(job_images.values())}")
     print(*summary, sep="\n")

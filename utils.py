@@ -1,7 +1,15 @@
 """The paper's protocol, image files, LR/HR pairs, atomic files and the command line.
 
 Images are float32 arrays of H x W or C x H x W in grey levels 0..255, unless a docstring states
-something else. Nothing in this file needs torch.
+something else. Nothing in this file needs torch. Docstrings refer to the steps of the protocol:
+
+1. Luma: Y of BT.601 of the 8-bit RGB image, rounded; a greyscale image is its own luma.
+2. Crop the bottom and right so that both sides divide by the scale.
+3. Downscale and upscale by bicubic, as MATLAB's imresize does; the LR image is not rounded.
+4. Apply the network to the upscaled image / 255, its edges repeated past the border.
+5. Round the output to grey levels and clip it to 0..255; shave `scale` pixels off every side of
+   it and of the ground truth; then PSNR with peak 255, and SSIM.
+6. The score of a data set is the mean over its images.
 """
 
 import argparse
@@ -21,11 +29,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL.ExifTags import IFD, Base as Tag
 
 
 class InputError(ValueError):
@@ -141,9 +149,6 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     """Return the structural similarity (Wang et al., 2004): the mean where the window fits.
 
     11 x 11 Gaussian window, sigma 1.5, K1 = 0.01, K2 = 0.03, peak 255.
-
-    Raises:
-        ValueError: a side shorter than the window's 11 pixels.
     """
     if min(a.shape[-2:]) < 11:
         raise ValueError("SSIM needs images of at least 11 x 11 pixels")
@@ -165,31 +170,7 @@ def _gaussian_mean(planes: np.ndarray) -> np.ndarray:
     return sum(w * rows[..., i : i + width] for i, w in enumerate(window))
 
 
-# --- reading and writing images -------------------------------------------------------------
-
-
-@contextmanager
-def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
-    """Convert any error while a file is read to an InputError of one line.
-
-    Args:
-        kind: what the file should be: "image", "h5 file", ...
-        hint: what the user can do if it is not.
-    """
-    if not Path(path).is_file():
-        problem = "is not a regular file" if Path(path).exists() else f"no such {kind}"
-        raise InputError(f"{path}: {problem}; {hint}")
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except BlockingIOError as error:  # HDF5 locks the files that it writes
-        raise InputError(
-            f"{path}: is open for writing in another process; close it there"
-        ) from error
-    except Exception as error:  # libraries raise many types for damaged files
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: not a valid {kind} ({reason[:120]}); {hint}") from error
+# --- finding and matching images ------------------------------------------------------------
 
 
 def expand_patterns(names: Iterable[str | Path]) -> list[Path]:
@@ -216,31 +197,31 @@ def find_images(
         ignored: receives the other files in the folders.
 
     Returns:
-        For each file its path relative to the named folder; for a named file its name.
+        {path: its unique name, relative to the named folder}, see unique_names.
 
     Raises:
         InputError: a missing folder, or one without an image.
     """
     images: dict[Path, Path] = {}
     for path in expand_patterns(names):
-        if folders_only and not path.is_dir():
-            raise InputError(f"{path}: no such folder; name a folder of images")
         if not path.is_dir():
+            if folders_only:
+                raise InputError(f"{path}: no such folder; name a folder of images")
             images.setdefault(path, Path(path.name))
             continue
-        found = {file: file.relative_to(path) for file in sorted(walk(path))}
-        if ignored is not None:
-            ignored += [file for file, r in found.items() if not is_image_name(r, results)]
-        found = {file: r for file, r in found.items() if is_image_name(r, results)}
+        files = sorted(walk(path))
+        found = [file for file in files if is_image_name(file.relative_to(path), results)]
         if not found:
             raise InputError(f"{path}: no image in it (results of test.py are ignored)")
-        for file, relative in found.items():  # a folder may be named beside its subfolder
-            images.setdefault(file, relative)
-    return images
+        if ignored is not None:
+            ignored += set(files) - set(found)
+        for file in found:  # a folder may be named beside its subfolder
+            images.setdefault(file, file.relative_to(path))
+    return unique_names(images)
 
 
 def unique_names(images: dict[Path, Path]) -> dict[Path, Path]:
-    """Return find_images' relative paths; if some are equal, relative to the common folder."""
+    """Return {path: name}; if names are equal, all become relative to the folder above all."""
     if len(set(images.values())) == len(images):
         return images
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
@@ -254,35 +235,118 @@ def walk(folder: Path) -> Iterator[Path]:
         real = os.path.realpath(parent)
         if real in visited:
             subfolders.clear()
-            continue
-        visited.add(real)
-        yield from (Path(parent, name) for name in names)
+        else:
+            visited.add(real)
+            yield from (Path(parent, name) for name in names)
 
 
 def is_image_name(relative: Path, results: bool) -> bool:
     """Return whether a path has an image's extension and is not hidden, nor test.py's result."""
-    extensions = Image.registered_extensions()
-    readable = extensions.get(relative.suffix.lower()) in Image.OPEN
-    unreadable = {"BUFR", "GRIB", "HDF5"}  # registered by Pillow, which cannot decode them
-    hidden = any(part.startswith(".") for part in relative.parts)
+    kind = Image.registered_extensions().get(relative.suffix.lower())
+    is_image = kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5")  # not decoded by Pillow
+    is_hidden = any(part.startswith(".") for part in relative.parts)
     is_result = re.search(r"_(srcnn|bicubic|comparison)_[xwh][\d.]+$", relative.stem)
-    known = readable and extensions[relative.suffix.lower()] not in unreadable
-    return known and not hidden and (results or not is_result)
+    return is_image and not is_hidden and (results or not is_result)
 
+
+def match_images(
+    names: Sequence[str | Path], folders: Sequence[str | Path], scale: int
+) -> dict[Path, list[Path]]:
+    """Return for each image the files in `folders` with its subfolder and name, see pair_key.
+
+    As many folders as names are matched in order. Where both are one folder, files marked LR are
+    the LR images, and those marked HR or GT, or else all others, the HR images. Images with equal
+    keys match each other, too: it is unknown to which of them an LR image belongs.
+    """
+    groups = [(names, folders)]
+    if len(names) == len(folders):
+        groups = [([name], [folder]) for name, folder in zip(names, folders)]
+    matches: dict[Path, list[Path]] = {}
+    for group_names, group_folders in groups:
+        images = find_images(group_names)
+        candidates = find_images(group_folders, results=True, folders_only=True)
+        if images.keys() & candidates.keys():
+            candidates = select_role(images, "LR", "HR|GT")
+            images = select_role(images, "HR|GT", "LR")
+        by_key: dict[tuple, list[Path]] = {}
+        for path, name in [*candidates.items(), *images.items()]:
+            by_key.setdefault(pair_key(name, scale), []).append(path)
+        for path, name in images.items():
+            matches[path] = by_key[pair_key(name, scale)].copy()
+            matches[path].remove(path)
+    return matches
+
+
+def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
+    """Return what the paths of an HR image and of its LR image have in common.
+
+    These are the parts without upper case and without HR, LR, GT, SR and the scale at their end:
+    `HR/0801.png`, `LR/X2/0801x2.png` and `0801_SRF_2_LR.png` have the same key at scale 2.
+    """
+    roles = "hr|lr|gt|sr|srcnn|bicubic"
+    marks = rf"((^|[-_. ])({roles}|srf_?{scale}|x{scale}|{scale}x)|x{scale})+$"
+    parts = [re.sub(marks, "", part.lower()) for part in relative.with_suffix("").parts]
+    return tuple(part for part in parts if part)
+
+
+def select_role(images: dict[Path, Path], role: str, other_role: str) -> dict[Path, Path]:
+    """Return the images that are marked with a role in their path, or else not with the other."""
+
+    def marked(role: str) -> dict[Path, Path]:
+        mark = re.compile(rf"(^|[-_. /])({role})(?![a-z])", re.I)
+        return {path: name for path, name in images.items() if mark.search(name.as_posix())}
+
+    others = marked(other_role)
+    return marked(role) or {path: name for path, name in images.items() if path not in others}
+
+
+def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
+    """Return the single file that match_images has found for an image."""
+    if len(matches) != 1:
+        found = " and ".join(map(str, matches)) or "no file"
+        raise InputError(f"{path}: {flag} has {found} of its subfolder and name; one is needed")
+    return matches[0]
+
+
+# --- reading images -------------------------------------------------------------------------
 
 # Text and profiles of a PNG that are larger than Pillow's limit of 1 MB are harmless.
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
-# Tags of TIFF and EXIF.
-NEW_SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 0x00FE, 0x0102, 0x0106, 0x0112
-SAMPLES_PER_PIXEL, PLANAR_CONFIGURATION, SAMPLE_FORMAT = 0x0115, 0x011C, 0x0153
 Image.WARN_POSSIBLE_FORMATS = True  # tells why a valid TIFF cannot be decoded
+DEEP_MODES = "I", "F"  # how Pillow's modes of more than 8 bits begin, which are greyscale
+# EXIF that also holds for the upscaled image: not orientation, size, thumbnail, maker's data.
+EXIF_TAGS = Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist
+EXIF_TAGS += (Tag.Copyright,)
+EXIF_FOLDERS = IFD.Exif, IFD.GPSInfo
+NOT_IN_FOLDERS = Tag.ExifImageWidth, Tag.ExifImageHeight, IFD.Interop, IFD.MakerNote
+
+
+@contextmanager
+def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
+    """Convert any error while a file is read to an InputError of one line.
+
+    Args:
+        kind: what the file should be: "image", "h5 file", ...
+        hint: what the user can do if it is not.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such {kind}; {hint}")
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except BlockingIOError as error:  # HDF5 locks the files that it writes
+        raise InputError(f"{path}: open for writing in another process; close it there") from error
+    except Exception as error:  # libraries raise many types for damaged files
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path}: not a valid {kind} ({reason[:120]}); {hint}") from error
 
 
 def open_image(path: str | Path) -> Image.Image:
     """Read and decode an image: the first full frame, rotated by its EXIF orientation.
 
-    `info` gets the jpeg_quality, and for `decode` the path, notes on what is lost,
-    reduced_to_8_bits and white_is_zero.
+    `info` gets portable EXIF, the jpeg_quality, and for `decode` the path, notes on what is lost,
+    the bits per value in the file and white_is_zero.
 
     Raises:
         InputError: missing, not an image, damaged, or larger than --max-pixels.
@@ -294,139 +358,109 @@ def open_image(path: str | Path) -> Image.Image:
         open(path, "rb") as stream,  # Pillow maps a TIFF opened by name, and rotates it wrongly
         Image.open(stream) as image,
     ):
-        tags = skip_thumbnails(image) if image.format == "TIFF" else {}
-        bits = max(tags.get(BITS_PER_SAMPLE, (stored_bits(image, stream),)))
-        reduced_to_8_bits = bits > 8 and not image.mode.startswith(("I", "F"))
-        check_decodable(image, tags, bits, reduced_to_8_bits)
-        if reduced_to_8_bits:
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        with suppress(EOFError):
+            while tags.get(Tag.NewSubfileType, 0) & 1:  # a thumbnail in front of the full image
+                image.seek(image.tell() + 1)
+        bits = check_decodable(image, tags)
+        if bits > 8 and not image.mode.startswith(DEEP_MODES):
             notes.append(f"{bits}-bit colour is read as 8 bits")
-        ignored_bands = tags.get(SAMPLES_PER_PIXEL, 1) - len(image.getbands())
+        ignored_bands = tags.get(Tag.SamplesPerPixel, 1) - len(image.getbands())
         if ignored_bands > 0:
             notes.append(f"{count_of(ignored_bands, 'further band')} ignored")
-        if image.mode == "I;16" and "transparency" in image.info:
-            notes.append("transparency of 16-bit greyscale is ignored")
-        raw_exif = image.info.get("exif", b"II")
-        if not isinstance(raw_exif, bytes) or not raw_exif.startswith((b"Exif\0\0", b"II", b"MM")):
-            del image.info["exif"]
-        exif = image.getexif()
-        orientation = tags.get(ORIENTATION) or exif.get(ORIENTATION)
-        image.load()  # rotates a TIFF
+        exif = Image.Exif()
+        with suppress(Exception):  # damaged EXIF does not make an image unusable
+            exif = image.getexif()
+        orientation = exif.get(Tag.Orientation)
+        image.load()
         # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
         image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
-        image.info.pop("exif", None)  # Pillow cannot write all that it reads
+        image.info.pop("exif", None)  # exif_transpose cannot write all EXIF that Pillow reads
         upright = ImageOps.exif_transpose(image)
         if orientation in (5, 6, 7, 8) and "dpi" in image.info:
             upright.info["dpi"] = image.info["dpi"][::-1]
-        upright.info["exif"] = portable_exif(exif)
-        upright.info["jpeg_quality"] = jpeg_quality(getattr(image, "quantization", None))
-        upright.info["path"] = path
-        upright.info["reduced_to_8_bits"] = reduced_to_8_bits
-        upright.info["white_is_zero"] = tags.get(PHOTOMETRIC) == 0 and bits > 8
-        if upright.mode == "F" and not np.isfinite(np.asarray(upright)).all():
-            raise InputError("contains NaN or infinity; replace them by numbers")
-        is_unsigned = tags.get(SAMPLE_FORMAT, (1,))[0] == 1
-        if upright.mode == "I" and bits == 32 and is_unsigned and np.asarray(upright).min() < 0:
-            raise InputError("has values above 2^31, which Pillow cannot decode")
-        with suppress(Exception):  # further pages need not be images
-            is_first = image.tell() == 0 and image.format != "MPO"  # of phones, with a preview
-            if is_first and getattr(image, "n_frames", 1) > 1 and not has_overviews(image):
+        is_uint32 = bits == 32 and tags.get(Tag.SampleFormat, (1,))[0] == 1
+        if image.mode == "I" and is_uint32 and np.asarray(image).min() < 0:
+            raise InputError("has values above 2^31, which Pillow cannot decode; convert it")
+        if image.mode == "I;16" and "transparency" in image.info:
+            notes.append("transparency of 16-bit greyscale is ignored")
+        upright.info |= {"exif": portable_exif(exif), "jpeg_quality": jpeg_quality(image)}
+        upright.info |= {"path": path, "notes": notes, "bits": bits}
+        upright.info["white_is_zero"] = tags.get(Tag.PhotometricInterpretation) == 0
+        with suppress(Exception):  # there is no second frame, or it cannot be decoded
+            image.seek(image.tell() + 1)
+            # The second image of a phone's MPO is a preview, that of a TIFF may be a mask.
+            is_frame = image.format != "MPO" and not tags.get(Tag.NewSubfileType, 0)
+            if is_frame and image.tell() == 1:
                 notes.append(f"{image.n_frames} frames, only the first is used")
-    upright.info["notes"] = notes
     return upright
 
 
-def stored_bits(image: Image.Image, stream: io.BufferedReader) -> int:
-    """Return the bits per value in a file that is not a TIFF, as far as Pillow does not hide it."""
+def check_decodable(image: Image.Image, tags: dict) -> int:
+    """Return the bits per value of a file; refuse kinds that Pillow decodes to other values."""
+    bits = max(tags.get(Tag.BitsPerSample, [16 if ";16" in str(image.tile) else 8]))
     if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
-        return 16 if image.tile[0].args[1] > 255 else 8
-    if image.format == "SGI":
-        return 8 * os.pread(stream.fileno(), 1, 3)[0]
-    if image.format == "JPEG2000":  # byte 38 of the SIZ marker segment, see ISO 15444-1, A.5.1
-        header = os.pread(stream.fileno(), 4096, 0)
-        start = header.find(b"\xff\x4f\xff\x51")
-        return 1 + (header[start + 42] & 127) if start >= 0 else 8
-    return 16 if ";16" in str(image.tile) else 8
-
-
-def check_decodable(image: Image.Image, tags: dict, bits: int, reduced_to_8_bits: bool) -> None:
-    """Refuse kinds of files that Pillow decodes to other values, without an error."""
-    is_signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
-    is_planar = tags.get(PLANAR_CONFIGURATION) == 2
+        bits = 16 if image.tile[0].args[1] > 255 else 8
+    elif image.format == "JPEG2000":  # byte 38 of the SIZ marker segment, see ISO 15444-1, A.5.1
+        image.fp.seek(0)
+        segment = image.fp.read(4096).partition(b"\xff\x4f\xff\x51")[2]
+        bits = 1 + (segment[38] & 127) if segment else 8
+    is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
+    is_planar = tags.get(Tag.PlanarConfiguration) == 2
+    is_reduced = bits > 8 and not image.mode.startswith(DEEP_MODES)
     kinds = {
+        "thumbnail of an image in a SubIFD": tags.get(Tag.NewSubfileType, 0) & 1,
         "signed 8-bit TIFF": is_signed and bits == 8,
         "compressed big-endian TIFF of signed values": "BS'" in str(image.tile),
-        "planar 16-bit TIFF": is_planar and reduced_to_8_bits,
+        "planar 16-bit TIFF": is_planar and is_reduced,
         "planar TIFF with alpha": is_planar and image.mode == "LA",
         "16-bit FITS file": image.format == "FITS" and image.mode == "I;16",
-        "16-bit colour JPEG 2000": image.format == "JPEG2000" and reduced_to_8_bits,
+        "16-bit colour JPEG 2000": image.format == "JPEG2000" and is_reduced,
     }
     for kind, applies in kinds.items():
         if applies:
             raise InputError(f"is a {kind}, which Pillow decodes wrongly; convert it")
+    return bits
 
 
-def has_overviews(image: Image.Image) -> bool:
-    """Return whether the second page of a TIFF is a smaller copy or a mask of the first."""
-    image.seek(1)
-    return image.format == "TIFF" and image.tag_v2.get(NEW_SUBFILE_TYPE, 0) != 0
+def encode_jpeg(image: Image.Image, quality: int) -> Image.Image:
+    """Return an image after encoding as JPEG (4:2:0)."""
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality)
+    return Image.open(encoded)
 
 
-def skip_thumbnails(image: Image.Image) -> dict:
-    """Select the first page of a TIFF that is not a reduced-resolution one; return its tags."""
-    page = 0
-    while image.tag_v2.get(NEW_SUBFILE_TYPE, 0) & 1:
-        page += 1
-        try:
-            image.seek(page)
-        except EOFError as error:
-            raise InputError("contains only a thumbnail that Pillow can decode") from error
-    return image.tag_v2
-
-
-def jpeg_quality(tables: dict | None) -> int | None:
-    """Return libjpeg's quality, 1..100, for a JPEG's quantisation tables; None without tables.
+def jpeg_quality(image: Image.Image) -> int | None:
+    """Return libjpeg's quality, 1..100, of a JPEG file; None for other formats.
 
     Tables of other encoders get the quality at which libjpeg's luma table has about the same sum.
     """
-    if not tables:
+    if image.format not in ("JPEG", "MPO"):
         return None
-    return int(np.abs(libjpeg_table_sums() - sum(tables[0])).argmin()) + 1
-
-
-@cache
-def libjpeg_table_sums() -> np.ndarray:
-    """Return the sums of libjpeg's luma tables of qualities 1..100, which scale that of 50."""
-    encoded = io.BytesIO()
-    Image.new("L", (8, 8)).save(encoded, "JPEG", quality=50)
-    table = np.array(Image.open(encoded).quantization[0])
-    quality = np.arange(1, 101)
-    percent = np.where(quality < 50, 5000 // quality, 200 - 2 * quality)[:, None]
-    return ((table * percent + 50) // 100).clip(1, 255).sum(axis=1)
+    flat = Image.new("L", (8, 8))
+    sums = [sum(encode_jpeg(flat, quality).quantization[0]) for quality in range(1, 101)]
+    return int(np.abs(np.array(sums) - sum(image.quantization[0])).argmin()) + 1
 
 
 def portable_exif(exif: Image.Exif) -> bytes:
-    """Return description, camera, date, author, settings and GPS position, as far as they fit.
-
-    Orientation, size, thumbnail and the maker's own data do not hold for another image.
-    """
+    """Return the EXIF for another image, empty where nothing is known or Pillow cannot write it."""
     portable = Image.Exif()
-    tags = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
-    portable.update({tag: exif[tag] for tag in tags if tag in exif})
-    content = b""
-    with suppress(Exception):  # Pillow cannot write all that it reads
-        for folder in (0x8769, 0x8825):
-            values = dict(exif.get_ifd(folder))
-            for tag in (0xA002, 0xA003, 0xA005, 0x927C):
-                values.pop(tag, None)
-            if values:
-                portable[folder] = values
-        content = portable.tobytes() if len(portable) else b""
-    return content if len(content) < 60_000 else b""  # a JPEG stores less than 65,536 bytes
+    with suppress(Exception):
+        portable.update({tag: exif[tag] for tag in EXIF_TAGS if tag in exif})
+        for folder in EXIF_FOLDERS:
+            values = exif.get_ifd(folder).items()
+            portable[folder] = {k: v for k, v in values if k not in NOT_IN_FOLDERS}
+            if not portable[folder]:
+                del portable[folder]
+        content = portable.tobytes() if portable else b""
+        if len(content) < 60_000:  # a JPEG stores less than 65,536 bytes
+            return content
+    return b""
 
 
 @contextmanager
 def collect_warnings(notes: list[str]) -> Iterator[None]:
-    """Append the first warning of Pillow or of a C library below it to `notes`."""
+    """Append the first warning of Pillow, or of a C library that prints to stderr, to `notes`."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with tempfile.TemporaryFile() as file, warnings.catch_warnings(record=True) as caught:
@@ -437,13 +471,16 @@ def collect_warnings(notes: list[str]) -> Iterator[None]:
             yield
         except UnidentifiedImageError as error:
             reasons = [str(w.message) for w in caught if str(w.message).startswith("TIFF")]
-            raise ValueError(reasons[0] if reasons else "unknown format") from error
+            raise ValueError(*reasons[:1] or ["unknown format"]) from error
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
         file.seek(0)
         lines = [str(w.message) for w in caught] + file.read().decode(errors="replace").splitlines()
         notes += [line[:200] for line in lines[:1]]
+
+
+# --- decoding -------------------------------------------------------------------------------
 
 
 @dataclass
@@ -490,7 +527,9 @@ class Planes:
         return Image.fromarray(np.stack(planes, axis=-1) if len(planes) > 1 else planes[0])
 
 
-def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None) -> Planes:
+def decode(
+    image: Image.Image, value_range: Sequence[float] | dict | None = None, needs_range: bool = False
+) -> Planes:
     """Convert an image of any Pillow mode; greyscale and 16-bit greyscale are preserved.
 
     What is lost is printed in one line.
@@ -499,80 +538,72 @@ def decode(image: Image.Image, value_range: Sequence[float] | dict | None = None
         value_range: the values that stand for the grey levels 0 and 255, or a dict of them by
             bit depth. The default is the range of the type; for 32-bit and floating-point images,
             their minimum and maximum.
+        needs_range: whether to refuse images without a value range of their own.
+
+    Raises:
+        InputError: NaN or infinity, no value range, or one that cannot be applied.
     """
-    mode, values = image.mode, None
-    path, notes = image.info.pop("path", None), image.info.pop("notes", [])
-    if mode.startswith("I") or mode == "F":
-        values = np.asarray(image)
+    path, notes = image.info.get("path", "image"), image.info.pop("notes", None)
+    is_deep = image.mode.startswith(DEEP_MODES)
+    low, high, alpha = 0, 255, None
+    if is_deep:
+        values, mode = np.asarray(image)[None], image.mode[0]
         low, high = float(values.min()), float(values.max())
-        mode = "F" if mode == "F" else "I"
         if mode == "I" and low >= 0 and high <= 65535:
-            values, mode = values.astype(np.uint16), "I;16"
-    bit_depth = 8 if values is None else 8 * values.itemsize
+            values, mode, low, high = values.astype(np.uint16), "I;16", 0, 65535
+    else:
+        is_grey, has_alpha = image.mode in ("1", "L", "LA", "La"), image.has_transparency_data
+        mode = ("L" if is_grey else "RGB") + ("A" if has_alpha else "")
+        values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
+        values, alpha = (values[:-1], values[-1]) if has_alpha else (values, None)
     if isinstance(value_range, dict):
-        value_range = value_range.get(bit_depth)
-    if value_range and image.info.get("reduced_to_8_bits"):
-        raise InputError("--range: Pillow reads 16-bit colour as 8 bits; use greyscale images")
+        value_range = value_range.get(8 * values.itemsize)
+    if not math.isfinite(low + high):
+        raise InputError(f"{path}: contains NaN or infinity; replace them by numbers")
+    if value_range and image.info.get("bits", 8) > 8 and not is_deep:
+        raise InputError(f"{path}: 16-bit colour is read as 8 bits; --range needs greyscale images")
+    if value_range:
+        low, high = value_range
+    elif mode in ("I", "F") and (needs_range or not high - low < 1e30):
+        raise InputError(f"{path}: has values from {low:g} to {high:g}; pass --range LOW HIGH")
+    elif mode == "I;16" and notes is not None and 0 < values.max() < 4096:
+        notes.append("values below 4096 of 65535; --range 0 4095 reads images as 12 bits")
     if notes:
         print(f"{path}: {'; '.join(notes)}", file=sys.stderr)
-    if values is not None:
-        if mode == "I;16" and value_range is None and path and 0 < high < 4096:
-            suggest_range(path, high)
-        if mode != "I;16" and value_range is None and not high - low < 1e30:
-            raise InputError(f"has values from {low:g} to {high:g}; pass --range LOW HIGH")
-        if high == low:  # one value has no range
-            high = low + max(1.0, abs(low))
-        default = (0, 65535) if mode == "I;16" else (low, high)
-        if value_range and mode == "F":  # a value that means "no data" may be -3.4e38
-            values = np.clip(values, *map(np.float32, value_range))
-        low, high = value_range or default
-        if image.info.get("white_is_zero"):
-            inverted = low + high - values.astype(np.float64)
-            values = inverted.clip(low, high).astype(values.dtype)
-        return Planes(values[None], None, low, high, mode)
-    greyscale = image.mode in ("1", "L", "LA", "La")
-    mode = ("L" if greyscale else "RGB") + ("A" if image.has_transparency_data else "")
-    values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
-    alpha = values[-1] if mode.endswith("A") else None
-    return Planes(values[: 1 if greyscale else 3], alpha, *value_range or (0, 255), mode)
-
-
-RANGE_SUGGESTED: set[Path] = set()  # folders
-
-
-def suggest_range(path: str | Path, maximum: float) -> None:
-    """Print once per folder that 16-bit images seem to have 12 bits."""
-    if Path(path).parent not in RANGE_SUGGESTED:
-        RANGE_SUGGESTED.add(Path(path).parent)
-        note = f"values up to {maximum:.0f} of 65535; --range 0 4095 reads images as 12 bits"
-        print(f"{path}: {note}", file=sys.stderr)
+    if low == high:  # one value has no range
+        high = low + max(1.0, abs(low))
+    if mode == "F":  # a value that means "no data" may be -3.4e38
+        values = np.clip(values, np.float32(low), np.float32(high))
+    if is_deep and image.info.get("white_is_zero"):  # Pillow inverts 8 bits itself
+        inverted = low + high - values.astype(np.float64)
+        values = inverted.clip(low, high).astype(values.dtype)
+    return Planes(values, alpha, low, high, mode)
 
 
 def fill_transparent(planes: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Give invisible pixels the colours around them, so that no edge is left at their border.
 
-    Pull and push: downscale by weighted means until no gap is left, then fill from coarse to
-    fine (Gortler et al., "The lumigraph", 1996).
+    The colour is the mean over the smallest of several neighbourhoods with a visible pixel. The
+    largest exceeds the reach of the network and of bicubic.
 
     Args:
         planes: C x H x W.
         weight: 1 x H x W, 0 where a pixel is invisible.
     """
     height, width = planes.shape[1:]
-    if weight.all() or max(height, width) == 1:
-        return planes
-
-    def resample(values: np.ndarray, size: tuple[int, int], kernel: Image.Resampling) -> np.ndarray:
-        images = (Image.fromarray(np.ascontiguousarray(plane)) for plane in values)
-        return np.stack([np.asarray(image.resize(size, kernel)) for image in images])
-
-    half = -(-width // 2), -(-height // 2)
-    coarse_weight = resample(weight, half, Image.Resampling.BOX)
-    means = resample(planes * weight, half, Image.Resampling.BOX) / np.maximum(coarse_weight, 1e-12)
-    filled = fill_transparent(means, coarse_weight)
-    return np.where(
-        weight > 0, planes, resample(filled, (width, height), Image.Resampling.BILINEAR)
-    )
+    filled, missing = planes.copy(), weight[0] == 0
+    weighted = np.concatenate([planes * weight, weight])
+    for factor in (2, 4, 8, 16, 32):
+        if not missing.any():
+            break
+        size = math.ceil(width / factor), math.ceil(height / factor)
+        means = [Image.fromarray(p).resize(size, Image.Resampling.BOX) for p in weighted]
+        means = [m.resize((width, height), Image.Resampling.BILINEAR) for m in means]
+        *colours, total = map(np.asarray, means)
+        reached = missing & (total > 1e-6)
+        filled[:, reached] = np.stack(colours)[:, reached] / total[reached]
+        missing &= ~reached
+    return filled
 
 
 # --- LR/HR pairs ----------------------------------------------------------------------------
@@ -615,18 +646,14 @@ def to_levels(
         3 x H x W, RGB; a greyscale image is repeated.
 
     Raises:
-        InputError: an image without a value range of its own.
+        InputError: the errors of `decode`, and an image without a value range of its own.
     """
-    planes = decode(image, value_range)
-    if isinstance(value_range, dict):
-        value_range = value_range.get(planes.source["bit_depth"])
-    if planes.mode in ("I", "F") and value_range is None:
-        raise InputError("has no value range; pass those of black and white by --range LOW HIGH")
+    planes = decode(image, value_range, needs_range=True)
     levels = quantize(planes.levels(), planes.quantum).clip(0, 255)
-    if num_channels == 3:
-        levels = np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
-    else:
-        levels = levels[0] if len(levels) == 1 else luma(levels, planes.quantum)
+    if len(levels) == 1:
+        levels = np.repeat(levels, 3, axis=0) if num_channels == 3 else levels[0]
+    elif num_channels != 3:
+        levels = luma(levels, planes.quantum)
     return levels, planes
 
 
@@ -634,9 +661,7 @@ def read_levels(
     path: str | Path, num_channels: int = 1, value_range: Sequence[float] | dict | None = None
 ) -> tuple[np.ndarray, Planes]:
     """Return to_levels of an image file; the errors are those of open_image and to_levels."""
-    image = open_image(path)
-    with open_input(path, "image", "name another"):
-        return to_levels(image, num_channels, value_range)
+    return to_levels(open_image(path), num_channels, value_range)
 
 
 def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
@@ -646,16 +671,6 @@ def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
         return Pair(hr, hr, None, quantum)
     lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
     return Pair(resize(lr, hr.shape[-2:]), hr, lr, quantum)
-
-
-def jpeg_lr_image(hr: Planes, scale: int, quality: int) -> Image.Image:
-    """Downscale by bicubic, round to 8 bits, encode as JPEG (4:2:0) and decode: a photograph."""
-    levels = crop_to_multiple(hr.levels().clip(0, 255), scale)
-    lr = quantize(resize(levels, (levels.shape[1] // scale, levels.shape[2] // scale)))
-    encoded = io.BytesIO()
-    image = Image.fromarray(lr.astype(np.uint8).transpose(1, 2, 0).squeeze())
-    image.save(encoded, "JPEG", quality=quality)
-    return Image.open(encoded)
 
 
 def make_pair(
@@ -671,14 +686,17 @@ def make_pair(
     An LR image `scale` times smaller is upscaled by bicubic; one of equal size is used directly.
 
     Args:
-        jpeg: use jpeg_lr_image of this quality.
+        jpeg: round the protocol's LR image to 8 bits and save it as JPEG of this quality.
 
     Raises:
         InputError: sizes that do not fit, and the errors of to_levels.
     """
     hr, planes = to_levels(hr_image, num_channels, value_range)
     if jpeg and min(hr.shape[-2:]) >= scale:
-        lr_image, value_range = jpeg_lr_image(planes, scale, jpeg), None
+        rgb = crop_to_multiple(planes.levels().clip(0, 255), scale)
+        rgb = quantize(resize(rgb, (rgb.shape[1] // scale, rgb.shape[2] // scale)))
+        lr_image = Image.fromarray(rgb.astype(np.uint8).transpose(1, 2, 0).squeeze())
+        lr_image, value_range = encode_jpeg(lr_image, jpeg), None
     if lr_image is None:
         pair = bicubic_pair(hr, scale, planes.quantum)
     else:
@@ -689,87 +707,17 @@ def make_pair(
         elif scale > 1 and tuple(scale * side for side in lr.shape[-2:]) == cropped.shape[-2:]:
             pair = Pair(resize(lr, cropped.shape[-2:]), cropped, lr, planes.quantum)
         else:
-            sizes = f"{hr_image.width} x {hr_image.height} and {lr_image.width} x {lr_image.height}"
-            raise InputError(f"{sizes} pixels do not differ by --scale {scale}")
+            raise InputError(
+                f"{lr_image.info.get('path', 'LR image')}: {lr_image.width} x {lr_image.height} "
+                f"pixels do not fit {hr_image.width} x {hr_image.height} by --scale {scale}"
+            )
     pair.greyscale, pair.source = len(planes.colour) == 1, planes.source
     return pair
 
 
 def read_pair(path: Path, lr_path: Path | None, *args: object) -> Pair:
-    """Return make_pair(image, LR image, *args) of files; without lr_path there is no LR image.
-
-    Raises:
-        InputError: what open_image and make_pair raise.
-    """
-    images = [open_image(path), open_image(lr_path) if lr_path else None]
-    try:
-        return make_pair(*images, *args)
-    except InputError as error:
-        paths = f"{path} and {lr_path}" if lr_path else path
-        raise InputError(f"{paths}: {error}") from error
-
-
-def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
-    """Return what the paths of an HR image and of its LR image have in common.
-
-    These are the parts without upper case and without HR, LR, GT, SR and the scale at their end:
-    `HR/0801.png`, `LR/X2/0801x2.png` and `0801_SRF_2_LR.png` have the same key at scale 2.
-    """
-    roles = "HR|LR|GT|SR|srcnn|bicubic"
-    marks = rf"((^|[-_. ])({roles}|SRF_?{scale}|x{scale}|{scale}x)|x{scale})+$"
-    parts = [*relative.parts[:-1], relative.stem]
-    return tuple(filter(None, (re.sub(marks, "", part.lower(), flags=re.I) for part in parts)))
-
-
-def match_images(
-    names: Sequence[str | Path], folders: Sequence[str | Path], scale: int
-) -> dict[Path, list[Path]]:
-    """Return for each image the files in `folders` with its subfolder and name, see pair_key.
-
-    As many folders as names are matched in order. Where both are one folder, files marked LR are
-    the LR images, and those marked HR or GT, or else all others, the HR images.
-    """
-    groups = [(names, folders)]
-    if len(names) == len(folders):
-        groups = [([name], [folder]) for name, folder in zip(names, folders)]
-    matches: dict[Path, list[Path]] = {}
-    for group_names, group_folders in groups:
-        images = find_images(group_names)
-        candidates = find_images(group_folders, results=True, folders_only=True)
-        if images.keys() & candidates.keys():
-            images, candidates = (
-                select_role(images, "HR|GT", "LR"),
-                select_role(images, "LR", "HR|GT"),
-            )
-        by_key: dict[tuple, list[Path]] = {}
-        for path, relative in unique_names(candidates).items():
-            by_key.setdefault(pair_key(relative, scale), []).append(path)
-        keys = {path: pair_key(name, scale) for path, name in unique_names(images).items()}
-        by_image: dict[tuple, list[Path]] = {}
-        for path, key in keys.items():
-            by_image.setdefault(key, []).append(path)
-        for path, key in keys.items():  # a match of several images belongs to none of them
-            others = [other for other in by_image[key] if other != path]
-            matches[path] = by_key.get(key, []) + others
-    return matches
-
-
-def select_role(images: dict[Path, Path], role: str, other_role: str) -> dict[Path, Path]:
-    """Return the images that are marked with a role in their path, or else not with the other."""
-
-    def marked(relative: Path, role: str) -> bool:
-        return re.search(rf"(^|[-_. /])({role})(?![a-z])", relative.as_posix(), re.I) is not None
-
-    selected = {path: r for path, r in images.items() if marked(r, role)}
-    return selected or {path: r for path, r in images.items() if not marked(r, other_role)}
-
-
-def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
-    """Return the single file that match_images has found for an image."""
-    if len(matches) != 1:
-        number = " and ".join(map(str, matches)) or "no file"
-        raise InputError(f"{path}: {flag} has {number} of its subfolder and name; one is needed")
-    return matches[0]
+    """Return make_pair(image, LR image, *args) of files; without lr_path there is no LR image."""
+    return make_pair(open_image(path), open_image(lr_path) if lr_path else None, *args)
 
 
 # --- atomic files ---------------------------------------------------------------------------
@@ -783,13 +731,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         InputError: the folder or the file cannot be written, or the disk is full.
     """
     target = Path(os.path.realpath(path))  # a symbolic link is followed, not replaced
-    partial = None
+    if target.exists() and not target.is_file() and not target.is_dir():
+        yield Path(path)  # a pipe or a device cannot be renamed
+        return
+    folder = next(f for f in target.parents if f.exists())  # no folder is left by an error
+    partial = folder / f".part-{uuid.uuid4().hex}"
     try:
-        if target.exists() and not target.is_file():  # a pipe or a device cannot be renamed
-            yield Path(path)
-            return
-        folder = next(f for f in target.parents if f.exists())  # no folder is left by an error
-        partial = folder / f".part-{uuid.uuid4().hex}"
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
@@ -801,9 +748,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise InputError(f"{path}: cannot be written ({reason}); name another place") from error
     finally:
-        if partial:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -824,25 +770,22 @@ def write_csv(path: str | Path, columns: Sequence[str], rows: list[dict]) -> Non
 def check_outputs(
     outputs: Iterable[tuple[str | Path, str | Path]], inputs: Iterable[str | Path]
 ) -> None:
-    """Check before the work begins that outputs can be written and overwrite no input.
+    """Raise InputError, before the work begins, for an output that cannot be written.
 
     Args:
         outputs: (the flag or file that asks for it, the path); links are followed.
-
-    Raises:
-        InputError: an output that is an input, another output, a folder, or not writable.
+        inputs: files that no output may overwrite; nor may two outputs be one file.
     """
-    claimed = {os.path.normcase(os.path.realpath(path)): path for path in inputs}
+    claimed = {os.path.realpath(path): path for path in inputs}
     for source, output in outputs:
-        place = os.path.normcase(os.path.realpath(output))
+        place = os.path.realpath(output)
         if place in claimed:
             raise InputError(f"{source}: {output} would overwrite {claimed[place]}; name another")
         claimed[place] = f"the output of {source}"
-        if os.path.isdir(output) or str(output).endswith(("/", os.sep)):
-            raise InputError(f"{output}: is a folder; name a file")
         folder = next(f for f in Path(place).parents if f.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise InputError(f"{output}: cannot be written in {folder}; name another place")
+        is_folder = os.path.isdir(output) or str(output).endswith(("/", os.sep))
+        if is_folder or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"{output}: cannot be written; name a file in a writable folder")
 
 
 # --- errors and command line ----------------------------------------------------------------
@@ -854,21 +797,21 @@ def report(error: InputError) -> None:
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
 
 
-def count_of(number: int, noun: str) -> str:
-    """Return "1 image", "2 images", "2,000 patches"."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
 @contextmanager
 def report_errors(path: object, failed: list) -> Iterator[None]:
     """Report an InputError as one line that names `path`, note the path in `failed`."""
     try:
         yield
     except InputError as error:
-        message = str(error)
-        report(error if message.startswith(str(path)) else InputError(f"{path}: {message}"))
+        named = str(error).startswith(str(path))
+        report(error if named else InputError(f"{path}: {error}"))
         failed.append(path)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return "1 image", "2 images", "2,000 patches"."""
+    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 @contextmanager
@@ -891,27 +834,35 @@ class ArgumentParser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
         if "" in argv:  # an unset shell variable, which as a path would be the current folder
             flag = " ".join(argv[: argv.index("")][-1:])
-            self.error(f"{flag} '': is empty; pass a value")
+            raise InputError(f"{flag} '': is empty; pass a value")
         return super().parse_args(argv)
 
-    def exit(self, status: int = 0, message: str | None = None) -> None:
-        sys.stdout.flush()  # a closed pipe is then an error inside run()
-        super().exit(status, message)
-
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        raise InputError(f"{message} (see --help)")
 
 
 def add_image_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that prepare.py and test.py share."""
-    add, limit = group.add_argument, Image.MAX_IMAGE_PIXELS
-    max_pixels = "refuse larger images (default: %(default)s)"
-    add("--max-pixels", type=number(int, 1), default=limit, metavar="N", help=max_pixels)
-    value_range = "values of black and white (default: those of the file's type)"
-    finite = number(float, -math.inf)
-    add("--range", type=finite, nargs=2, metavar=("LOW", "HIGH"), help=value_range)
-    lr_dir = "LR images, S times smaller or of equal size, matched by subfolder and name"
-    add("--lr-dir", nargs="+", metavar="DIR", help=lr_dir)
+    group.add_argument(
+        "--max-pixels",
+        type=number(int, 1),
+        default=Image.MAX_IMAGE_PIXELS,
+        metavar="N",
+        help="refuse larger images (default: %(default)s)",
+    )
+    group.add_argument(
+        "--range",
+        type=number(float, -math.inf),
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="values of black and white (default: those of the file's type)",
+    )
+    group.add_argument(
+        "--lr-dir",
+        nargs="+",
+        metavar="DIR",
+        help="LR images, S times smaller or of equal size, matched by subfolder and name",
+    )
 
 
 def apply_image_flags(args: argparse.Namespace) -> None:
@@ -927,8 +878,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value < high:
-            limit = f"of at least {low}" if high == math.inf else f"from {low} to below {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {limit}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not from {low} to below {high}")
         return value
 
     parse.__name__ = kind.__name__  # argparse uses it in its message for a ValueError
@@ -943,25 +893,21 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     status = 2
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            status = main()
+        finally:  # a closed pipe is an error here, also after --help
+            sys.stdout.flush()
     except InputError as error:
         report(error)
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
+        status, sys.stdout = 128 + 13, None  # SIGPIPE; Python would flush stdout again at exit
     except OSError as error:
-        if isinstance(
-            error, BrokenPipeError
-        ):  # the reader of a pipe, such as `head`, has closed it
-            status = 128 + 13  # SIGPIPE
-        else:
-            place = error.filename or "stdout or the system"
-            report(InputError(f"{place}: {error.strerror or error}; name another place"))
-        if not error.filename:
-            sys.stdout = None  # otherwise Python flushes it once more at exit
+        place = error.filename or "stdout or the system"
+        report(InputError(f"{place}: {error.strerror or error}; name another place"))
+        sys.stdout = None
     if status == 128 + signal.SIGINT:  # a shell's loop over runs stops only if SIGINT ends this one
-        with suppress(OSError):
-            sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
     sys.exit(status)

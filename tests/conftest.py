@@ -22,7 +22,7 @@ import prepare
 import test as upscale
 import train
 from models import SRCNN
-from utils import RANGE_SUGGESTED, run
+from utils import run
 
 # The tests may run under nohup or in a script's background, where these signals are ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -45,7 +45,6 @@ def process_state():
         signal.signal(number, handler)
     torch.set_num_threads(threads)
     Image.MAX_IMAGE_PIXELS = pixels
-    RANGE_SUGGESTED.clear()
 
 
 @pytest.fixture

@@ -409,10 +409,10 @@ train.h5: train --train-file train.h5 --eval-file eval.h5 train.h5 --outputs-dir
 in/a.png: test --image-file in --eval --lr-dir more
 in/a.png: test --image-file in --eval --results more
 in/a.png: prepare --images-dir in --lr-dir more --scale 3 --output-path new/x/a.h5
-is a folder: test --image-file in --eval --csv new/
-is a folder: test in/a.png --report new/
-is a folder: test --export new/
-is a folder: prepare --images-dir in --scale 3 --output-path new/
+name a file: test --image-file in --eval --csv new/
+name a file: test in/a.png --report new/
+name a file: test --export new/
+name a file: prepare --images-dir in --scale 3 --output-path new/
 in/a.png/: test --image-file in more --eval --save-images in/a.png
 in/a.png/: test --image-file in more --output in/a.png/
 in/a.png/: train --train-file train.h5 --outputs-dir in/a.png
