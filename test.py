@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -33,14 +34,25 @@ from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, default_back_projection, load_srcnn, pick_device
 from models import restore, to_onnx, upscale
 from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair
-from utils import check_outputs, count_of, crop_to_multiple, decode, find_images, InputError
-from utils import luma, match_images, number, only_match, open_image, Pair, Planes
-from utils import protocol_psnr, psnr, quantize, read_pair, report_errors, rgb_to_ycbcr, run
-from utils import shave, ssim, to_levels, unique_names, write_csv, write_file, ycbcr_to_rgb
+from utils import check_outputs, collect_warnings, count_of, crop_to_multiple, decode, find_images
+from utils import (
+    InputError,
+    luma,
+    make_pair,
+    match_images,
+    number,
+    only_match,
+    open_image,
+    open_input,
+)
+from utils import Pair, Planes, protocol_psnr, psnr, quantize, read_levels, report_errors
+from utils import rgb_to_ycbcr, run, shave, ssim, unique_names, write_csv, write_file
+from utils import ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
 NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb", "photo": "srcnn_photo"}
+METHODS = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")  # not of --results
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 
@@ -48,155 +60,146 @@ def upscale_files(args: argparse.Namespace) -> int:
     """Upscale every image; return the exit status."""
     ignored: list[Path] = []
     images = find_images(args.images, ignored=ignored)
-    targets = output_paths(images, args)
-    comparisons = comparison_paths(images, args, ("comparison",))
-    # PNG cannot store 32-bit images, which are written as TIFF.
-    tiffs = {path: target.with_suffix(".tif") for path, target in targets.items()}
-    check_outputs(
-        [*targets.items(), *(tiffs.items() - targets.items()), *report_outputs(args, comparisons)],
-        [*images, args.weights_file or ROOT / "weights"],
-    )
-    written, skipped, failed, entries = 0, 0, [], []
+    outputs = plan_outputs(images, args)
+    networks, entries, failed, skipped = {}, [], [], 0
     for path in tqdm(images, "files", leave=False, disable=None if len(images) > 1 else True):
-        if args.skip_existing and (targets[path].exists() or tiffs[path].exists()):
+        results = [outputs[path][kind] for kind in ("result", "tiff") if kind in outputs[path]]
+        if args.skip_existing and any(result.exists() for result in results):
             skipped += 1
             continue
         with report_errors(path, failed):
-            line, visuals = upscale_file(path, targets[path], args)
-            tqdm.write(line)
-            written += 1
-            if args.save_images:
-                save_comparison(visuals, comparisons[path])
-            if args.report and len(entries) < MAX_REPORT_IMAGES:
-                entries.append(report_entry(str(path), visuals))
+            upscale_file(path, outputs[path], networks, entries, args)
+    written = len(images) - skipped - len(failed)
     if args.report and written:
-        write_report(args, entries, [], written)
+        write_report(args, networks, entries, [], written)
     if len(images) > 1 or ignored:
-        counts = f"{written} written, {skipped} skipped, {len(failed)} failed"
-        print(f"{counts}; {count_of(len(ignored), 'other file')} ignored")
+        print(
+            f"{written} written, {skipped} skipped, {len(failed)} failed; "
+            f"{count_of(len(ignored), 'other file')} ignored"
+        )
     return 2 if failed else 0
 
 
-def upscale_file(path: Path, target: Path, args: argparse.Namespace) -> tuple[str, dict]:
-    """Upscale one image; return a line about the result, and images to look at if asked for."""
+def upscale_file(
+    path: Path, outputs: dict[str, Path], networks: dict, entries: list, args: argparse.Namespace
+) -> None:
+    """Upscale one image, print a line about it, and write what --save-images and --report show."""
     start = time.perf_counter()
     image = open_image(path)
     size, scale = target_size(image, args)
-    network, reason = choose_network(image, args)
-    model = load_network(args, scale, network)
+    model, name = load_network(args, scale, networks, image.info["jpeg_quality"])
     if model.num_channels not in (1, 3):
         raise InputError(f"{args.weights_file}: is for {model.num_channels} channels, not 1 or 3")
-    planes = decode(image, value_range(args, model))
-    if args.ext is None and target != Path(args.output or "") and planes.mode in ("I", "F"):
-        target = target.with_suffix(".tif")
-    options = save_options(target, planes.mode, size) | metadata(image, planes.mode, target)
-    steps = back_projection_steps(args, model)
+    planes = decode(image, value_range(model, args))
+    is_32_bit = planes.mode in ("I", "F")
+    target = outputs["tiff"] if is_32_bit and "tiff" in outputs else outputs["result"]
+    properties = metadata(image, planes.mode, target)
+    # A format that cannot store the result is refused before the work begins.
+    strip = encode(Image.new(planes.mode, (max(size), 16)), target, properties)
+    if planes.mode[0] in "IF" and Image.open(io.BytesIO(strip)).mode[0] not in "IF":
+        raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
+    steps = back_projection_steps(model, args)
     result = upscale(planes, model, scale, steps, edges=args.tile_edges)
     if result.size != size:
         result = downscale(result, size, (planes.low, planes.high), args.tile_edges)
-    save_image(result, target, options)
+    write_file(target, encode(result, target, properties))
     sizes = f"{image.width} x {image.height} -> {size[0]} x {size[1]}"
-    applied = f"{network} x{scale}{reason}, back-projection {steps}"
-    line = f"{target}  {sizes}  {applied}  {time.perf_counter() - start:.1f} s"
-    if not args.save_images and not args.report:
-        return line, {}
-    small, sr = (to_8_bits(decode(i, (planes.low, planes.high))) for i in (image, result))
-    return line, {"bicubic": small.resize(size, Image.Resampling.BICUBIC), "SRCNN": sr}
+    seconds = time.perf_counter() - start
+    tqdm.write(f"{target}  {sizes}  {name}, back-projection {steps}  {seconds:.1f} s")
+    if args.save_images or args.report:
+        bicubic = screen_image(planes).resize(size, Image.Resampling.BICUBIC)
+        srcnn = screen_image(decode(result, (planes.low, planes.high)))
+        write_visuals({"bicubic": bicubic, "SRCNN": srcnn}, str(path), outputs, entries, args)
 
 
 def evaluate_files(args: argparse.Namespace) -> int:
     """Measure every image, print the scores, and write them on request; return the exit status."""
     images = find_images(args.images)
-    lr_paths = match_images(args.images, args.lr_dir, args.scale) if args.lr_dir else {}
-    if lr_paths:
+    if args.lr_dir:
+        lr_paths = match_images(args.images, args.lr_dir, args.scale)
         images = {path: relative for path, relative in images.items() if path in lr_paths}
-    results = {d: match_images(args.images, [d], args.scale) for d in args.results}
-    labels = method_labels(args.results)
-    comparisons = comparison_paths(images, args, ("bicubic", "srcnn", "comparison"))
-    inputs = [*images, args.weights_file or ROOT / "weights"]
-    inputs += find_images([*(args.lr_dir or []), *args.results], results=True)
-    check_outputs(report_outputs(args, comparisons), inputs)
-    model = load_network(args, args.scale)
-    rows, failed, entries = [], [], []
+    results = {folder: match_images(args.images, [folder], args.scale) for folder in args.results}
+    names = [Path(folder).name for folder in results]
+    if len({*names, *METHODS}) < len(names) + len(METHODS):
+        names = [f"{folder}/" for folder in results]
+    outputs = plan_outputs(images, args)
+    networks, entries, failed, rows = {}, [], [], []
+    model, _ = load_network(args, args.scale, networks)
     for path, name in tqdm(unique_names(images).items(), "files", leave=False, disable=None):
         with report_errors(path, failed):
-            for pair in read_pairs(path, name, lr_paths.get(path), args, model):
-                sr_images = {"bicubic": pair.ilr} | restore_pair(model, pair, args)
-                for folder, matches in results.items():
-                    result = only_match(path, matches[path], f"--results {folder}")
-                    sr_images[labels[folder]] = read_result(result, pair, args, model)
+            lr_path = only_match(path, lr_paths[path], "--lr-dir") if args.lr_dir else None
+            for pair, colour_pair in read_pairs(path, lr_path, name.as_posix(), model, args):
+                sr_images = restore_pair(model, pair, args)
+                for folder, method in zip(results, names):
+                    match = only_match(path, results[folder][path], f"--results {folder}")
+                    sr_images[method] = read_result(match, pair, model, args)
                 rows.append(score(pair, sr_images, args))
                 if args.save_images or args.report:
-                    visuals = pair_visuals(path, lr_paths.get(path), pair, sr_images, args)
-                if args.save_images:
-                    save_comparison(visuals, comparisons[path], rows[-1])
-                if args.report and len(entries) < MAX_REPORT_IMAGES:
-                    entries.append(report_entry(pair.name, visuals))
+                    visuals = pair_visuals(pair, colour_pair, sr_images)
+                    write_visuals(visuals, pair.name, outputs[path], entries, args, rows[-1])
     if rows:
         print_scores(rows, args)
         if args.csv:
             write_csv(args.csv, max(rows, key=len), rows)
         if args.report:
-            write_report(args, entries, rows, len(rows))
+            write_report(args, networks, entries, rows, len(rows))
     return 2 if failed else 0
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write the network as an ONNX file; return the exit status."""
+    if args.half or args.self_ensemble:
+        raise InputError("--half, --self-ensemble: cannot be combined with --export")
+    networks = {}
+    model, _ = load_network(args, args.scale, networks)
+    check_outputs([("--export", args.export)], networks)
+    write_file(args.export, to_onnx(model, args.scale))
+    print(args.export)
+    return 0
 
 
 # --- network --------------------------------------------------------------------------------
 
 
-def choose_network(image: Image.Image, args: argparse.Namespace) -> tuple[str, str]:
-    """Return the network for an image of open_image and, if it was chosen for it, the reason.
+def load_network(
+    args: argparse.Namespace, scale: int, networks: dict, jpeg_quality: int | None = None
+) -> tuple[nn.Module, str]:
+    """Return a network on its device, and a description such as "9-5-5 x3".
 
-    Compressed JPEG images get `photo`, which removes the blocks that the others sharpen.
+    Args:
+        networks: those of this run by the paths of their files; each is loaded once.
+        jpeg_quality: of the image. Without --network, compressed images get `photo`, which
+            removes the blocks that the other networks sharpen.
     """
-    quality = image.info["jpeg_quality"]
-    if args.weights_file is not None:
-        return Path(args.weights_file).name, ""
-    if args.network is None and quality is not None and quality < CLEAN_JPEG_QUALITY:
-        return "photo", f" for JPEG of quality {quality}"
-    return args.network or "9-5-5", ""
-
-
-def weights_path(args: argparse.Namespace, scale: int, network: str | None = None) -> Path:
-    """Return --weights-file, or the file in weights/ of a network (or --network) for a scale."""
-    if args.weights_file is not None:
-        return Path(args.weights_file)
-    prefix = f"{NETWORKS[network or args.network or '9-5-5']}_x"
-    path = ROOT / "weights" / f"{prefix}{scale}.pth"
-    if not path.is_file():
-        stems = sorted(found.stem for found in path.parent.glob(f"{prefix}*.pth"))
-        scales = ", ".join(stem.removeprefix(prefix) for stem in stems)
-        raise InputError(f"--scale {scale}: there are weights for {scales}; or use --weights-file")
-    return path
-
-
-def load_network(args: argparse.Namespace, scale: int, network: str | None = None) -> nn.Module:
-    """Return a network on its device; args.networks has those loaded before."""
-    path = weights_path(args, scale, network)
-    if path not in args.networks:
+    network, reason = args.network or "9-5-5", ""
+    if not args.network and jpeg_quality is not None and jpeg_quality < CLEAN_JPEG_QUALITY:
+        network, reason = "photo", f" for JPEG of quality {jpeg_quality}"
+    path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
+    if args.weights_file:
+        path, network, reason = Path(args.weights_file), Path(args.weights_file).name, ""
+    elif not path.is_file():
+        raise InputError(f"--scale {scale}: there is no {path}; use 2, 3 or 4, or --weights-file")
+    if path not in networks:
         device = pick_device(args.device)
         model = load_srcnn(path, device).to(memory_format=torch.channels_last)
-        if args.half:
-            if device.type != "cuda":
-                raise InputError("--half: needs a CUDA device; drop it")
-            model = model.half()
-        args.networks[path] = SelfEnsemble(model) if args.self_ensemble else model
-    return args.networks[path]
+        if args.half and device.type != "cuda":
+            raise InputError("--half: needs a CUDA device; drop it")
+        model = model.half() if args.half else model
+        networks[path] = SelfEnsemble(model) if args.self_ensemble else model
+    return networks[path], f"{network} x{scale}{reason}"
 
 
-def back_projection_steps(args: argparse.Namespace, model: nn.Module) -> int:
+def value_range(model: nn.Module, args: argparse.Namespace) -> list[float] | dict:
+    """Return --range, or the network's own for images of the bit depth it was trained on."""
+    return args.range or {model.info.get("bit_depth"): model.info.get("range")}
+
+
+def back_projection_steps(model: nn.Module, args: argparse.Namespace) -> int:
     """Return --back-projection, or what suits the degradation that the network was trained for."""
     return default_back_projection(model) if args.back_projection is None else args.back_projection
 
 
-def value_range(args: argparse.Namespace, model: nn.Module) -> list[float] | dict | None:
-    """Return --range, or the network's own for images of the bit depth it was trained on."""
-    if args.range or "range" not in model.info:
-        return args.range
-    return {model.info["bit_depth"]: model.info["range"]}
-
-
-# --- upscale --------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------
 
 # JPEG at 4:4:4; WebP without loss, because its chroma is always 4:2:0; PNG that is a little larger
 # than usual in a fraction of the time.
@@ -206,45 +209,41 @@ SAVE_OPTIONS = {
     "PNG": {"compress_level": 1},
     "WEBP": {"lossless": True},
 }
-MAX_SIDES = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535}  # that the formats can store
 
 
-def target_size(image: Image.Image, args: argparse.Namespace) -> tuple[tuple[int, int], int]:
-    """Return the size of the result, and the scale of the network that is used for it."""
-    factor = args.outscale or args.scale
-    if args.width or args.height:
-        factor = args.width / image.width if args.width else args.height / image.height
-    scale = args.scale or min(max(2, math.ceil(factor)), 4)
-    if factor > scale:
-        flags = f"--width {args.width}" if args.width else f"--height {args.height}"
-        raise InputError(
-            f"{flags}: is {factor:.4g} times the image's; the limit is --scale {scale}"
-        )
-    size = max(1, round(factor * image.width)), max(1, round(factor * image.height))
-    return size, scale
+def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Path, dict[str, Path]]:
+    """Return the files that a run writes for each image, after checking all its outputs.
 
-
-def size_suffix(args: argparse.Namespace) -> str:
-    """Return what the names of results tell of their size: x2, x2.5, w1920, h1080."""
-    if args.width or args.height:
-        return f"w{args.width}" if args.width else f"h{args.height}"
-    return f"x{args.outscale or args.scale:g}"
-
-
-def output_paths(images: dict[Path, Path], args: argparse.Namespace) -> dict[Path, Path]:
-    """Return where each result goes: beside the image, below a folder, or to the named file."""
-    suffix = f"_srcnn_{size_suffix(args)}"
-    extension = f".{args.ext.lstrip('.')}" if args.ext else ".png"
-    if args.output is None:
-        stems = unique_stems({path: path for path in images})
-        return {path: Path(f"{stem}{suffix}{extension}") for path, stem in stems.items()}
-    output = Path(args.output)
-    if output.is_dir() or args.output.endswith(("/", os.sep)) or not output.suffix:
-        stems = unique_stems(images)
-        return {p: output / f"{stem}{suffix}{extension}" for p, stem in stems.items()}
-    if len(images) > 1:
-        raise InputError(f"--output {output}: is one file for several images; name a folder")
-    return dict.fromkeys(images, output)
+    Returns:
+        For each image the "result" (and as "tiff" its name for values that PNG cannot store),
+        and "comparison", "bicubic" and "srcnn" of --save-images.
+    """
+    size = f"w{args.width}" if args.width else f"h{args.height}" if args.height else None
+    size = size or f"x{args.outscale or args.scale:g}"
+    outputs: dict[Path, dict[str, Path]] = {path: {} for path in images}
+    if args.save_images:
+        for path, stem in unique_stems(images).items():
+            for method in ("bicubic", "srcnn", "comparison") if args.eval else ("comparison",):
+                outputs[path][method] = Path(args.save_images, f"{stem}_{method}_{size}.png")
+    if not args.eval:
+        extension = f".{args.ext.lstrip('.')}" if args.ext else ".png"
+        output = Path(args.output or "")
+        is_file = output.suffix and not output.is_dir() and not args.output.endswith(("/", os.sep))
+        if is_file and (len(images) > 1 or (args.ext and output.suffix != extension)):
+            raise InputError(f"--output {output}: names one file in one format; name a folder")
+        # Without --output the results lie beside the images.
+        stems = unique_stems(images if args.output else {path: path for path in images})
+        for path, stem in stems.items():
+            result = output if is_file else output / f"{stem}_srcnn_{size}{extension}"
+            outputs[path]["result"] = result
+            if not is_file and not args.ext:
+                outputs[path]["tiff"] = result.with_suffix(".tif")
+    planned = [(path, p) for path, paths in outputs.items() for p in paths.values()]
+    planned += [(f, p) for f, p in (("--csv", args.csv), ("--report", args.report)) if p]
+    weights = [args.weights_file] if args.weights_file else (ROOT / "weights").glob("*.pth")
+    compared = find_images([*(args.lr_dir or []), *args.results], results=True)
+    check_outputs(planned, [*images, *weights, *compared])
+    return outputs
 
 
 def unique_stems(images: dict[Path, Path]) -> dict[Path, Path]:
@@ -257,139 +256,137 @@ def unique_stems(images: dict[Path, Path]) -> dict[Path, Path]:
     }
 
 
-def downscale(
-    image: Image.Image, size: tuple[int, int], limits: tuple[float, float], edges: str
-) -> Image.Image:
-    """Downscale by bicubic, within limits; in floating point where Pillow cannot do 16 bits."""
-    values, box = np.asarray(image), (0, 0, *image.size)
-    if edges == "wrap":
-        margin = 2 * math.ceil(max(image.width / size[0], image.height / size[1])) + 1
-        box = (margin, margin, margin + image.width, margin + image.height)
-        widths = [(margin, margin), (margin, margin), (0, 0)]
-        values = np.pad(values, widths[: values.ndim], "wrap")
-    if image.mode not in ("I;16", "I"):
-        return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC, box)
-    levels = Image.fromarray(values.astype(np.float32))
-    resized = np.asarray(levels.resize(size, Image.Resampling.BICUBIC, box), np.float64)
-    return Image.fromarray(np.clip(np.rint(resized), *limits).astype(values.dtype))
-
-
 def metadata(image: Image.Image, mode: str, target: Path) -> dict:
     """Return resolution, colour profile and EXIF, where they are valid and fit the result."""
-    valid = {}
-    dpi, profile = image.info.get("dpi"), image.info.get("icc_profile")
-    if isinstance(dpi, tuple) and len(dpi) == 2 and all(1 < float(d) < 65536 for d in dpi):
-        valid["dpi"] = tuple(map(float, dpi))
-    # In a profile's header bytes 16..19 are the colour space and 36..39 a signature (ICC.1, 7.2).
-    colour_space = b"GRAY" if mode[0] in "LIF" else b"RGB "
-    if isinstance(profile, bytes) and profile[36:40] == b"acsp" and profile[16:20] == colour_space:
-        valid["icc_profile"] = profile
-        if target.suffix.lower() == ".png" and len(profile) > 1 << 20:
-            print(f"{target}: a colour profile above 1 MB is left out", file=sys.stderr)
-            del valid["icc_profile"]
+    dpi = tuple(map(float, image.info.get("dpi", ())))
+    valid = {"dpi": dpi} if dpi and all(1 < d < 65536 for d in dpi) else {}
     if image.info.get("exif"):
         valid["exif"] = image.info["exif"]
+    # In a profile's header bytes 16..19 are the colour space and 36..39 a signature (ICC.1, 7.2).
+    profile = image.info.get("icc_profile") or b""
+    if profile[36:40] == b"acsp" and profile[16:20] == (b"GRAY" if mode[0] in "LIF" else b"RGB "):
+        if target.suffix.lower() == ".png" and len(profile) > 1 << 20:
+            print(f"{target}: a colour profile above 1 MB is left out", file=sys.stderr)
+        else:
+            valid["icc_profile"] = profile
     return valid
 
 
-def save_options(path: Path, mode: str, size: tuple[int, int]) -> dict:
-    """Return Pillow's options for a file; refuse what it cannot write before the work begins."""
+def encode(image: Image.Image, path: Path, properties: dict | None = None) -> bytes:
+    """Return the content of an image file, in the format of the path's extension.
+
+    Raises:
+        InputError: the format is unknown, or cannot store such an image.
+    """
     image_format = Image.registered_extensions().get(path.suffix.lower())
-    if image_format not in Image.SAVE:
-        raise InputError(f"{path}: cannot write {path.suffix!r} files; use .png")
-    if max(size) > MAX_SIDES.get(image_format, math.inf):
-        raise InputError(f"{path}: {image_format} cannot store {max(size)} pixels; use .png")
-    options = SAVE_OPTIONS.get(image_format, {})
+    options = SAVE_OPTIONS.get(image_format, {}) | (properties or {})
+    content = io.BytesIO()  # Pillow's encoders do not report every failed write to a file
+    content.name = path.name
     try:
-        Image.new(mode, (16, 16)).save(io.BytesIO(), image_format, **options)
-    except Exception as error:
-        suffix = ".tif" if mode in ("I", "F") else ".png"
+        with collect_warnings([]):  # libjpeg prints what is wrong
+            image.save(content, **options)
+    except Exception as error:  # encoders raise many types
         raise InputError(
-            f"{path}: {image_format} cannot store mode {mode}; use {suffix}"
+            f"{path}: cannot store mode {image.mode} with sides of {max(image.size)} pixels; "
+            f"use {'.tif' if image.mode in ('I', 'F') else '.png'}"
         ) from error
-    return dict(options)
+    return content.getvalue()
 
 
-def save_image(image: Image.Image, path: Path, options: dict) -> None:
-    """Write an image in the format of its extension; it appears complete or not at all."""
-    encoded = io.BytesIO()  # Pillow's encoders do not report every failed write to a file
-    encoded.name = path.name
-    try:
-        image.save(encoded, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written ({error}); use .png") from error
-    write_file(path, encoded.getvalue())
+# --- upscale --------------------------------------------------------------------------------
+
+
+def target_size(image: Image.Image, args: argparse.Namespace) -> tuple[tuple[int, int], int]:
+    """Return the size of the result, and the scale of the network that is used for it."""
+    factor = args.outscale or args.scale
+    if args.width or args.height:
+        factor = args.width / image.width if args.width else args.height / image.height
+    scale = args.scale or min(max(2, math.ceil(factor)), 4)
+    if factor > scale:
+        raise InputError(
+            f"--width or --height: is {factor:.4g} times the image's; the limit is --scale {scale}"
+        )
+    return (max(1, round(factor * image.width)), max(1, round(factor * image.height))), scale
+
+
+def downscale(
+    image: Image.Image, size: tuple[int, int], limits: tuple[float, float], edges: str
+) -> Image.Image:
+    """Downscale by bicubic; `limits` are those of 16-bit values."""
+    values, margin = np.asarray(image), 0
+    if edges == "wrap":
+        margin = 2 * math.ceil(max(image.width / size[0], image.height / size[1])) + 1
+        values = np.pad(values, [(margin, margin)] * 2 + [(0, 0)] * (values.ndim - 2), "wrap")
+    box = margin, margin, margin + image.width, margin + image.height
+    if not image.mode.startswith("I"):
+        return Image.fromarray(values).resize(size, Image.Resampling.BICUBIC, box)
+    # Pillow resizes 16 bits in floating point only.
+    levels = Image.fromarray(values.astype(np.float32))
+    resized = np.asarray(levels.resize(size, Image.Resampling.BICUBIC, box), np.float64)
+    return Image.fromarray(np.clip(np.rint(resized), *limits).astype(values.dtype))
 
 
 # --- evaluate -------------------------------------------------------------------------------
 
 
 def read_pairs(
-    path: Path, name: Path, lr_paths: list[Path] | None, args: argparse.Namespace, model: nn.Module
-) -> list[Pair]:
-    """Return the pair of an image, or all pairs of an evaluation file, with their names."""
-    if path.is_file() and h5py.is_hdf5(path):
+    path: Path, lr_path: Path | None, name: str, model: nn.Module, args: argparse.Namespace
+) -> list[tuple[Pair, Pair]]:
+    """Return the pair of an image, or those of an evaluation file, each with a pair of colours.
+
+    Both are the same pair, unless a luma network is measured on a colour image that is shown.
+    """
+    if h5py.is_hdf5(path):
         if args.save_images or args.results or args.jpeg:
             raise InputError("is an h5 file; --save-images, --results and --jpeg need images")
-        pairs = read_eval_pairs(path, args.scale)[0]
-    else:
-        lr_path = None if lr_paths is None else only_match(path, lr_paths, "--lr-dir")
-        ranges = value_range(args, model)
-        pairs = [read_pair(path, lr_path, args.scale, model.num_channels, ranges, args.jpeg)]
-        pairs[0].name = name.as_posix()
+        return [(pair, pair) for pair in read_eval_pairs(path, args.scale)[0]]
+    images = [open_image(path), open_image(lr_path) if lr_path else None]
+    flags = value_range(model, args), args.jpeg
+    with open_input(lr_path or path, "image", "name another"):
+        pair = colour_pair = make_pair(*images, args.scale, model.num_channels, *flags)
+        if pair.num_channels == 1 and not pair.greyscale and (args.save_images or args.report):
+            colour_pair = make_pair(*images, args.scale, 3, *flags)
+    pair.name = name
+    return [(pair, colour_pair)]
+
+
+def read_result(path: Path, pair: Pair, model: nn.Module, args: argparse.Namespace) -> np.ndarray:
+    """Return another program's image as the protocol measures it, of the size of `pair.hr`."""
+    # Many programs save greyscale as RGB.
+    num_channels = 3 if pair.greyscale else pair.num_channels
+    levels, _ = read_levels(path, num_channels, value_range(model, args))
+    if levels.shape[-2:] != pair.hr.shape[-2:]:
+        levels = crop_to_multiple(levels, args.scale)
+    if levels.shape[-2:] != pair.hr.shape[-2:]:
+        raise InputError(f"{path}: differs in size from its ground truth; pass uncropped results")
+    return levels
+
+
+def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Return bicubic, and the network's output without and with back-projection."""
     min_side = 11 + 2 * args.scale * (args.scale > 1)  # SSIM's window behind the shaved border
-    for pair in pairs:
-        if min(pair.hr.shape[-2:]) < min_side:
-            raise InputError(f"{pair.name}: too small; needs {min_side} pixels per side")
-    return pairs
-
-
-def method_labels(folders: list[str]) -> dict[str, str]:
-    """Return the names of the columns of --results: the folders' names, or their paths."""
-    names = [Path(folder).name for folder in folders]
-    taken = ("bicubic", "srcnn", "upscaled", "original", "SRCNN")
-    return {
-        folder: name if names.count(name) == 1 and name not in taken else folder
-        for folder, name in zip(folders, names)
-    }
-
-
-def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict:
-    """Return the network's output without and with back-projection."""
-    if model.num_channels != pair.num_channels:
-        raise InputError(f"has {pair.num_channels} channels, the network {model.num_channels}")
-    sr_images = {"srcnn": restore(model, pair.ilr)}
-    steps = back_projection_steps(args, model)
+    if min(pair.hr.shape[-2:]) < min_side:
+        raise InputError(f"{pair.name}: too small; needs {min_side} pixels per side")
+    sr_images = {"bicubic": pair.ilr, "srcnn": restore(model, pair.ilr)}
+    steps = back_projection_steps(model, args)
     if pair.lr is not None and steps:
         sr_images["upscaled"] = back_project(sr_images["srcnn"], pair.lr, steps)
     return sr_images
 
 
-def read_result(path: Path, pair: Pair, args: argparse.Namespace, model: nn.Module) -> np.ndarray:
-    """Return another program's image as the protocol measures it, of the size of `pair.hr`."""
-    image = open_image(path)
-    if pair.greyscale and Image.getmodebase(image.mode) != "L":
-        image = image.convert("L")  # a greyscale image that was saved as RGB
-    levels, _ = to_levels(image, pair.num_channels, value_range(args, model))
-    if levels.shape != pair.hr.shape:
-        levels = crop_to_multiple(levels, args.scale)
-    if levels.shape != pair.hr.shape:
-        raise InputError(f"{path}: differs in size from its ground truth; pass uncropped results")
-    return levels
-
-
 def score(pair: Pair, sr_images: dict[str, np.ndarray], args: argparse.Namespace) -> dict:
     """Return the row of scores of an image; for RGB networks also the PSNR over RGB."""
     scale, row = args.scale, {"image": pair.name, "scale": args.scale}
+    hr_luma = luma_of(pair.hr, pair)
     is_protocol = pair.lr is not None and not args.lr_dir and not args.jpeg
-    for method, output in sr_images.items():
-        sr_luma, hr_luma = (shave(luma_of(planes, pair), scale) for planes in (output, pair.hr))
+    for method, sr in sr_images.items():
+        sr_luma = luma_of(sr, pair)
         if method == "bicubic" and pair.num_channels == 3 and is_protocol:
-            # The protocol's bicubic resizes luma.
-            sr_luma = shave(luma_of(bicubic_pair(luma_of(pair.hr, pair), scale).ilr, pair), scale)
-        row |= {f"{method}_psnr": psnr(sr_luma, hr_luma), f"{method}_ssim": ssim(sr_luma, hr_luma)}
+            sr_luma = quantize(bicubic_pair(hr_luma, scale).ilr, pair.quantum)  # resizes luma
+        shaved = shave(sr_luma, scale), shave(hr_luma, scale)
+        row |= {f"{method}_psnr": psnr(*shaved), f"{method}_ssim": ssim(*shaved)}
         if pair.num_channels == 3:
-            row[f"{method}_rgb_psnr"] = protocol_psnr(output, pair.hr, scale, pair.quantum)
+            row[f"{method}_rgb_psnr"] = protocol_psnr(sr, pair.hr, scale, pair.quantum)
     return row
 
 
@@ -402,34 +399,31 @@ def luma_of(planes: np.ndarray, pair: Pair) -> np.ndarray:
     return quantize(planes, pair.quantum)
 
 
-def score_columns(rows: list[dict]) -> list[str]:
-    """Return the names of the scores that all rows have."""
-    return [name for name in rows[0] if all(name in row for row in rows)][2:] if rows else []
-
-
-def column_title(column: str) -> str:
-    """Return the title of a column of scores: srcnn_rgb_psnr is "srcnn RGB dB"."""
-    title = column.replace("_rgb", " RGB").replace("_psnr", " dB")
-    return title.replace("_ssim", " SSIM")
+def mean_scores(rows: list[dict]) -> dict:
+    """Return the means of the scores that all images have (protocol step 6)."""
+    columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
+    return {"image": "mean"} | {name: fmean(row[name] for row in rows) for name in columns}
 
 
 def print_scores(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print a table of the rows and of their means (protocol step 6)."""
+    """Print a table of the rows and of their means."""
+    means = mean_scores(rows)
+    titles = {c: c.replace("_rgb", " RGB").replace("_psnr", " dB") for c in list(means)[1:]}
+    titles = {c: "SSIM" if c.endswith("_ssim") else title for c, title in titles.items()}
     width = max(5, *(len(row["image"]) for row in rows))
-    columns = score_columns(rows)
-    means = {name: fmean(row[name] for row in rows) for name in columns}
-    titles = ["SSIM" if c.endswith("_ssim") else column_title(c) for c in columns]
-    print(f"{f'x{args.scale}':{width}}  " + "  ".join(f"{title:>8}" for title in titles))
-    for row in [*rows, {"image": "mean", **means}]:
-        cells = (
-            f"{row[c]:{max(8, len(title))}.{4 if c.endswith('_ssim') else 2}f}"
-            for c, title in zip(columns, titles)
-        )
-        print(f"{row['image']:{width}}  " + "  ".join(cells))
+    print("  ".join([f"{f'x{args.scale}':{width}}", *(f"{t:>8}" for t in titles.values())]))
+    for row in [*rows, means]:
+        cells = [f"{row['image']:{width}}"]
+        for column, title in titles.items():
+            cells.append(f"{row[column]:{max(8, len(title))}.{4 if title == 'SSIM' else 2}f}")
+        print("  ".join(cells))
     loss = means["srcnn_psnr"] - means.get("upscaled_psnr", math.inf)
     if loss > 0:
-        hint = "use --back-projection 0 with these images"
-        print(f"back-projection lowers the PSNR by {loss:.2f} dB; {hint}", file=sys.stderr)
+        print(
+            f"back-projection lowers the PSNR by {loss:.2f} dB; "
+            "use --back-projection 0 with these images",
+            file=sys.stderr,
+        )
 
 
 # --- comparison images and report -----------------------------------------------------------
@@ -439,37 +433,34 @@ MAX_VISUAL_PIXELS = 700_000  # of larger images, the report and comparisons show
 DETAIL = (900, 700)
 
 
-def to_8_bits(planes: Planes) -> Image.Image:
-    """Return an image for the screen: RGB, or RGBA if there is transparency."""
-    levels = quantize(planes.levels()).astype(np.uint8)
-    levels = np.repeat(levels, 3, axis=0) if len(levels) == 1 else levels
+def screen_image(planes: Planes) -> Image.Image:
+    """Return an 8-bit image, RGB or RGBA."""
+    colour = []
+    for plane in planes.colour[:3]:  # one by one, because images are large
+        colour.append(quantize(replace(planes, colour=plane).levels()).astype(np.uint8))
+    colour = 3 * colour if len(colour) == 1 else colour
     alpha = [] if planes.alpha is None else [planes.alpha]
-    return Image.fromarray(np.stack([*levels, *alpha], axis=-1))
+    return Image.fromarray(np.stack([*colour, *alpha], axis=-1))
 
 
 def pair_visuals(
-    path: Path, lr_paths: list[Path] | None, pair: Pair, sr_images: dict, args: argparse.Namespace
+    pair: Pair, colour_pair: Pair, sr_images: dict[str, np.ndarray]
 ) -> dict[str, Image.Image]:
     """Return original, bicubic, SRCNN and the results of other programs for the screen.
 
     A luma network's colours are those of bicubic.
     """
-    method = "upscaled" if "upscaled" in sr_images else "srcnn"
-    visuals = {"original": pair.hr, "bicubic": pair.ilr, "SRCNN": sr_images[method]}
-    visuals |= {name: sr_images[name] for name in method_labels(args.results).values()}
-    if pair.greyscale:
-        visuals = {label: luma_of(planes, pair) for label, planes in visuals.items()}
-    if pair.num_channels == 1 and not pair.greyscale and not h5py.is_hdf5(path):
-        lr_path = lr_paths[0] if lr_paths else None
-        colour = read_pair(path, lr_path, args.scale, 3, args.range, args.jpeg)
-        for label, planes in visuals.items():
-            chroma = rgb_to_ycbcr(colour.hr if label == "original" else colour.ilr)[1:]
-            visuals[label] = ycbcr_to_rgb(np.concatenate([planes[None], chroma]))
-    colours = {label: np.atleast_3d(planes.T).T for label, planes in visuals.items()}
-    return {
-        label: to_8_bits(Planes(quantize(planes[:3]), None, 0, 255, "RGB"))
-        for label, planes in colours.items()
-    }
+    srcnn = sr_images.get("upscaled", sr_images["srcnn"])
+    images = {"original": pair.hr, "bicubic": pair.ilr, "SRCNN": srcnn}
+    images |= {name: planes for name, planes in sr_images.items() if name not in METHODS}
+    visuals = {}
+    for label, planes in images.items():
+        shown = luma_of(planes, pair) if pair.greyscale else planes
+        if colour_pair is not pair:
+            colours = colour_pair.hr if label == "original" else colour_pair.ilr
+            shown = ycbcr_to_rgb(np.concatenate([planes[None], rgb_to_ycbcr(colours)[1:]]))
+        visuals[label] = screen_image(Planes(np.atleast_3d(shown.T).T, None, 0, 255, "RGB"))
+    return visuals
 
 
 def most_different(a: Image.Image, b: Image.Image, size: tuple[int, int]) -> tuple:
@@ -485,170 +476,114 @@ def most_different(a: Image.Image, b: Image.Image, size: tuple[int, int]) -> tup
     return left, top, left + width, top + height
 
 
-def crop_visuals(visuals: dict[str, Image.Image]) -> tuple[dict[str, Image.Image], str]:
-    """Crop large images to the detail that differs most; return the images and a note."""
-    bicubic, srcnn = visuals["bicubic"], visuals["SRCNN"]
-    if srcnn.width * srcnn.height <= MAX_VISUAL_PIXELS:
-        return visuals, ""
-    box = most_different(bicubic, srcnn, DETAIL)
-    note = f"detail of {srcnn.width} x {srcnn.height} pixels at {box[:2]}, which differs most"
-    return {label: image.crop(box) for label, image in visuals.items()}, note
-
-
-def comparison_paths(
-    images: dict[Path, Path], args: argparse.Namespace, methods: tuple[str, ...]
-) -> dict[Path, dict[str, Path]]:
-    """Return for each image where the images of --save-images go, below its subfolder."""
-    if not args.save_images:
-        return {}
-    suffix = f"{size_suffix(args)}.png"
-    return {
-        path: {m: Path(args.save_images, f"{stem}_{m}_{suffix}") for m in methods}
-        for path, stem in unique_stems(images).items()
-    }
-
-
-def report_outputs(args: argparse.Namespace, comparisons: dict) -> list[tuple]:
-    """Return (what asks for it, path) of all outputs but the upscaled images."""
-    outputs = [(path, p) for path, paths in comparisons.items() for p in paths.values()]
-    flags = ("csv", "report")
-    return outputs + [(f"--{flag}", getattr(args, flag)) for flag in flags if getattr(args, flag)]
-
-
-def save_comparison(
-    visuals: dict[str, Image.Image], targets: dict[str, Path], row: dict | None = None
+def write_visuals(
+    visuals: dict[str, Image.Image],
+    name: str,
+    outputs: dict[str, Path],
+    entries: list[dict],
+    args: argparse.Namespace,
+    row: dict | None = None,
 ) -> None:
-    """Write the images side by side, above the magnified detail that differs most."""
+    """Write the images of --save-images, and append the image of --report to `entries`.
+
+    Of large images both show the detail that differs most.
+    """
     for method, label in ("bicubic", "bicubic"), ("srcnn", "SRCNN"):
-        if method in targets:
-            save_image(visuals[label], targets[method], {})
-    visuals, _ = crop_visuals(visuals)
+        if method in outputs:
+            write_file(outputs[method], encode(visuals[label], outputs[method]))
     width, height = visuals["SRCNN"].size
-    box = most_different(
-        visuals["bicubic"], visuals["SRCNN"], (max(1, width // 4), max(1, height // 4))
-    )
+    note = ""
+    if width * height > MAX_VISUAL_PIXELS:
+        box = most_different(visuals["bicubic"], visuals["SRCNN"], DETAIL)
+        note = f"detail of {width} x {height} pixels at {box[:2]}, which differs most"
+        visuals = {label: image.crop(box) for label, image in visuals.items()}
+    if args.save_images:
+        comparison = compare_side_by_side(visuals, row or {})
+        write_file(outputs["comparison"], encode(comparison, outputs["comparison"]))
+    if args.report and len(entries) < MAX_REPORT_IMAGES:
+        uris = {}
+        for label, image in visuals.items():
+            content = base64.b64encode(encode(image, Path(f"{name}.webp"))).decode()
+            uris[label] = f"data:image/webp;base64,{content}"
+        size = visuals["SRCNN"].size
+        entries.append({"name": name, "note": note, "size": size, "images": uris})
+
+
+def compare_side_by_side(visuals: dict[str, Image.Image], row: dict) -> Image.Image:
+    """Return the images with their PSNR, above the magnified detail that differs most."""
+    width, height = visuals["SRCNN"].size
+    detail_size = max(1, width // 4), max(1, height // 4)
+    box = most_different(visuals["bicubic"], visuals["SRCNN"], detail_size)
     strip = Image.new("RGB", (len(visuals) * width, 2 * height + 16), "white")
     draw = ImageDraw.Draw(strip)
     for i, (label, image) in enumerate(visuals.items()):
-        score_name = f"{label.lower()}_psnr"
-        score_db = f" {row[score_name]:.2f} dB" if row and score_name in row else ""
+        method = ("upscaled" if "upscaled_psnr" in row else "srcnn") if label == "SRCNN" else label
+        score_db = f" {row[f'{method}_psnr']:.2f} dB" if f"{method}_psnr" in row else ""
         draw.text((i * width + 4, 2), label + score_db, fill="black")
         strip.paste(image, (i * width, 16))
         detail = image.crop(box).resize((width, height), Image.Resampling.NEAREST)
         strip.paste(detail, (i * width, 16 + height))
-    save_image(strip, targets["comparison"], {})
-
-
-def report_entry(name: str, visuals: dict[str, Image.Image]) -> dict:
-    """Return an image of the report: its name, a note, and data URIs of what can be compared."""
-    visuals, note = crop_visuals(visuals)
-    uris = {}
-    for label, image in visuals.items():
-        encoded = io.BytesIO()
-        image.save(encoded, "WEBP", lossless=True)
-        uris[label] = f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"
-    return {"name": name, "note": note, "images": uris}
+    return strip
 
 
 def write_report(
-    args: argparse.Namespace, entries: list[dict], rows: list[dict], total: int
+    args: argparse.Namespace, networks: dict, entries: list[dict], rows: list[dict], total: int
 ) -> None:
     """Write a self-contained page with scores and a viewer, from assets/report.html."""
-    protocol = "none: the originals are unknown"
-    if args.eval:
-        protocol = f"luma (BT.601), rounded, {args.scale} pixels shaved off each side, peak 255"
-    facts = [["command", shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])]]
-    facts += [["protocol", protocol]]
-    for path, model in args.networks.items():
+    facts = [("command", shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))]
+    for path, model in networks.items():
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        facts += [["network", f"{model.architecture}, {path.name}, SHA-256 {digest}"]]
+        facts.append(("network", f"{model.architecture}, {path.name}, SHA-256 {digest}"))
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    facts += [["versions", f"{versions}, numpy {np.__version__}, Pillow {PIL.__version__}"]]
-    columns = score_columns(rows)
-    table = [["mean", *(fmean(row[c] for row in rows) for c in columns)]] if rows else []
-    table += [[row["image"], *(row[c] for c in columns)] for row in rows]
-    table = [
-        [v if not isinstance(v, float) or math.isfinite(v) else str(v) for v in r] for r in table
-    ]
-    data = {
-        "facts": facts,
-        "columns": ["image", *map(column_title, columns)] if rows else [],
-        "rows": table,
-        "note": f"{len(entries)} of {count_of(total, 'image')} below.",
-        "images": entries,
-    }
-    template = (ROOT / "assets" / "report.html").read_text()
+    facts.append(("versions", f"{versions}, numpy {np.__version__}, Pillow {PIL.__version__}"))
+    means = mean_scores(rows) if rows else {}
+    data = {"facts": facts, "means": means, "rows": rows, "images": entries, "total": total}
     content = json.dumps(data).replace("<", "\\u003c")  # no name can end the script element
-    write_file(args.report, template.replace("__DATA__", content).encode(errors="backslashreplace"))
+    page = (ROOT / "assets" / "report.html").read_text().replace("__DATA__", content)
+    write_file(args.report, page.encode(errors="backslashreplace"))
     print(args.report)
 
 
 # --- arguments ------------------------------------------------------------------------------
 
 
-def export(args: argparse.Namespace) -> int:
-    """Write the network as an ONNX file."""
-    for flag in ("eval", "output", "outscale", "width", "height", "half", "self_ensemble"):
-        if getattr(args, flag):
-            raise InputError(f"--{flag.replace('_', '-')}: cannot be combined with --export")
-    path = weights_path(args, args.scale)
-    check_outputs([("--export", args.export)], [path])
-    write_file(args.export, to_onnx(load_srcnn(path), args.scale))
-    print(args.export)
-    return 0
-
-
-def whole_scale(text: str) -> int:
-    """Parse --scale; a fraction needs --outscale."""
-    if re.fullmatch(r"\d+\.\d+", text):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number; use --outscale {text}")
-    return number(int, 1, 65)(text)
-
-
 def get_args_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__)
     group = parser.add_argument_group("images")
-    images = "images and folders of images; with --eval also h5 files of prepare.py --eval"
-    group.add_argument("images", nargs="*", metavar="IMAGE", help=images)
-    group.add_argument("-i", "--input", "--image-file", nargs="+", default=[], help="the same")
+    add = group.add_argument
+    add("images", nargs="*", metavar="IMAGE", help="images, folders; with --eval also h5 files")
+    add("-i", "--input", "--image-file", nargs="+", default=[], help="the same")
     add_image_flags(group)
 
-    add = parser.add_argument_group("network").add_argument
-    scale = "(default: from --weights-file, --outscale, --width or --height, or 3)"
-    add("-s", "--scale", type=whole_scale, help=scale)
-    network = "in weights/ (default: photo for compressed JPEG images, else 9-5-5)"
-    add("--network", choices=tuple(NETWORKS), help=network)
-    add("--weights-file", help="other weights than those of --network")
+    group = parser.add_argument_group("network")
+    add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("-s", "--scale", type=number(int, 1, 65), help="default: from the flags below, or 3")
+    one_of("--network", choices=tuple(NETWORKS), help="default: photo for JPEG images, else 9-5-5")
+    one_of("--weights-file", help="other weights; a name or folder such as x3 implies the scale")
+    add("--self-ensemble", action="store_true", help="mean of 8 rotations; 8 times slower")
     add(
-        "--self-ensemble", action="store_true", help="mean of 8 flips and rotations; 8 times slower"
+        "--back-projection",
+        type=number(int, 0, 101),
+        metavar="STEPS",
+        help="adjust the result so that downscaling it reproduces the input (default: 1 step, or 0 "
+        "for weights trained on pairs or JPEG)",
     )
-    steps = "adjust the result so that downscaling it reproduces the input (default: 1 step, or 0 "
-    steps += "for weights trained on pairs)"
-    add("--back-projection", type=number(int, 0, 101), metavar="STEPS", help=steps)
 
-    group = parser.add_argument_group("output")
-    add = group.add_argument
+    group = parser.add_argument_group("output and evaluation")
+    add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-o", "--output", help="file or folder (default: NAME_srcnn_xS.png beside NAME)")
-    size = group.add_mutually_exclusive_group()
-    outscale = "any factor: upscale by the next whole scale, then downscale by bicubic"
-    size.add_argument("--outscale", type=number(float, 1, 64), metavar="F", help=outscale)
-    size.add_argument("--width", type=number(int, 1), metavar="N", help="of the result, in pixels")
-    size.add_argument("--height", type=number(int, 1), metavar="N", help="of the result, in pixels")
+    one_of("--outscale", type=number(float, 1, 64), metavar="F", help="any factor, such as 2.5")
+    one_of("--width", type=number(int, 1), metavar="N", help="of the result, in pixels")
+    one_of("--height", type=number(int, 1), metavar="N", help="of the result, in pixels")
     add("--ext", metavar="png|jpg|...", help="format of the results (default: png)")
     add("--skip-existing", action="store_true", help="do not write results that exist")
-    edges = "wrap: the image is a seamless texture (default: edge)"
-    add("--tile-edges", choices=("edge", "wrap"), default="edge", help=edges)
+    add("--tile-edges", choices=("edge", "wrap"), default="edge", help="wrap: seamless texture")
     add("--save-images", metavar="DIR", help="write bicubic and SRCNN side by side")
     add("--report", metavar="FILE.html", help="write a page to compare bicubic and SRCNN")
-    onnx = "write the network for other programs; use it with --network or --weights-file"
-    add("--export", metavar="FILE.onnx", help=onnx)
-
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", action="store_true", help="images are ground truth: downscale, restore, measure")
-    results = "also measure the images in these folders, made by other programs"
-    add("--results", nargs="+", default=[], metavar="DIR", help=results)
-    jpeg = "save the LR images as JPEG of this quality, 1 to 100"
-    add("--jpeg", type=number(int, 1, 101), metavar="Q", help=jpeg)
+    one_of("--export", metavar="FILE.onnx", help="write the network for other programs")
+    one_of("--eval", action="store_true", help="downscale the images, restore them, and measure")
+    add("--results", nargs="+", default=[], metavar="DIR", help="images of other programs")
+    add("--jpeg", type=number(int, 1, 101), metavar="Q", help="save LR images as JPEG, 1 to 100")
     add("--csv", metavar="FILE", help="write the scores")
 
     add = parser.add_argument_group("where it runs").add_argument
@@ -658,40 +593,35 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def choose_scale(args: argparse.Namespace) -> int | None:
-    """Return --scale or what the weights or --outscale imply; None if each image has its own."""
+    """Return --scale, that of --weights-file, or 3; None if each image's size decides."""
     implied = None
     if args.weights_file is not None:
         path = Path(args.weights_file)
         name = re.search(r"(?:^|_)x(\d+)$", path.stem) or re.search(r"^x(\d+)$", path.parent.name)
         implied = load_srcnn(path).info.get("scale", int(name[1]) if name else None)
-    if args.scale is not None:
-        if implied not in (None, args.scale):
-            line = f"--scale {args.scale}: {args.weights_file} looks like weights for {implied}"
-            print(line, file=sys.stderr)
-        return args.scale
-    if implied is None and args.outscale:
-        return max(2, min(math.ceil(args.outscale), 4))
-    return None if implied is None and (args.width or args.height) else implied or 3
+    if args.scale and implied not in (None, args.scale):
+        print(
+            f"--scale {args.scale}: {args.weights_file} looks like weights for {implied}",
+            file=sys.stderr,
+        )
+    size_is_set = args.outscale or args.width or args.height
+    return args.scale or implied or (None if size_is_set else 3)
 
 
 def main(args: argparse.Namespace) -> int:
-    args.networks = {}
+    """Upscale, evaluate or export; return the exit status."""
     args.images = args.images + args.input or [str(ROOT / "assets" / "astronaut.png")]
     for flag in ("csv", "results", "lr_dir", "jpeg"):
         if getattr(args, flag) and not args.eval:
             raise InputError(f"--{flag.replace('_', '-')}: use it with --eval")
     if args.jpeg and args.lr_dir:
         raise InputError("--jpeg: cannot be combined with --lr-dir")
-    if args.network and args.weights_file is not None:
-        raise InputError("--network: cannot be combined with --weights-file")
-    args.scale = choose_scale(args)
     apply_image_flags(args)
-    if args.export is not None:
+    args.scale = choose_scale(args)
+    if args.outscale and args.outscale > (args.scale or 4):
+        raise InputError(f"--outscale {args.outscale:g}: the limit is --scale {args.scale or 4}")
+    if args.export:
         return export(args)
-    if args.eval and (args.outscale or args.width or args.height):
-        raise InputError("--outscale, --width, --height: cannot be combined with --eval")
-    if args.outscale and args.outscale > args.scale:
-        raise InputError(f"--outscale {args.outscale:g}: exceeds the network's scale {args.scale}")
     return evaluate_files(args) if args.eval else upscale_files(args)
 
 

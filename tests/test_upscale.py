@@ -460,6 +460,19 @@ def test_ext_that_cannot_be_written_or_cannot_store_an_image_is_refused(batch, p
     assert new == ["float_srcnn_x2.tif"]
 
 
+@pytest.mark.parametrize("ext", ["webp", "gif"])
+def test_formats_of_8_bits_are_refused_for_16_bits(batch, ext):
+    Image.fromarray(noise(20, 20).astype(np.uint16) * 257).save("deep.png")
+    result, new = batch("deep.png", "--ext", ext, status=2)
+    assert refused(result, f"deep_srcnn_x2.{ext}", "8 bits", "use .tif") and not new
+
+
+def test_an_output_of_another_format_than_ext_is_refused(batch, photo):
+    save_images(photo, "1.png")
+    result, new = batch("1.png", "--output", "z.png", "--ext", "jpg", status=2)
+    assert refused(result, "--output z.png", "name a folder") and not new
+
+
 def test_a_leading_dot_of_ext_is_ignored(batch, photo):
     save_images(photo, "1.png")
     _, new = batch("1.png", "--ext", ".bmp")
@@ -590,8 +603,8 @@ def test_a_size_beyond_the_networks_is_one_line(call, photo_path, weights, flag)
     assert call("test", photo_path, flag, 4 * side).status == 0
 
 
-def test_a_fractional_scale_points_to_outscale(call, photo_path):
-    assert refused(call("test", photo_path, "--scale", 2.5), "--scale", "use --outscale 2.5")
+def test_a_fraction_is_an_outscale(call, photo_path):
+    assert refused(call("test", photo_path, "--scale", 2.5), "--scale")
     assert call("test", photo_path, "--outscale", 2.5).status == 0
     assert Image.open(photo_path.with_name("photo.v1_srcnn_x2.5.png")).size == (225, 300)
 
@@ -759,12 +772,10 @@ def test_weights_of_a_file_and_an_evaluation_choose_no_network(
     assert read_scores(tmp_path / "s.csv") != [default]
 
 
-def test_a_scale_without_photo_weights_lists_the_available_scales(
-    call, photo, photo_network, tmp_path
-):
+def test_a_scale_without_photo_weights_is_refused(call, photo, photo_network, tmp_path):
     Image.fromarray(photo).save(tmp_path / "a.jpg", quality=40)
     result = call("test", tmp_path / "a.jpg", "--scale", 4)
-    assert refused(result, "a.jpg", "--scale 4", "there are weights for 2, 3")
+    assert refused(result, "a.jpg", "--scale 4", "srcnn_photo_x4.pth")
 
 
 # --- bad input ------------------------------------------------------------------------------
@@ -837,7 +848,7 @@ def test_invalid_scale_is_refused(call, photo_path, scale):
 @pytest.mark.parametrize("network", ["9-5-5", "9-1-5", "rgb"])
 def test_scale_without_weights_lists_the_available_scales(call, photo_path, network):
     argv = "--image-file", photo_path, "--network", network, "--scale", 7
-    assert refused(call("test", *argv), "--scale 7", "there are weights for 2, 3, 4")
+    assert refused(call("test", *argv), "--scale 7", "use 2, 3 or 4")
 
 
 def test_bad_weights_are_one_line_and_nothing_is_written(call, photo_path, tmp_path):
@@ -1089,6 +1100,15 @@ def test_comparison_of_an_upscaled_image_shows_bicubic_and_the_result(call, phot
     assert np.array_equal(bicubic, np.asarray(expected))
     positions = [detail_positions(*pair) for pair in zip((bicubic, srcnn), details, strict=True)]
     assert len(set.intersection(*positions)) == 1
+
+
+def test_a_line_about_an_image_is_printed_once(call, photo, tmp_path):
+    frames = [Image.fromarray(photo[:, i * 30 :][:, :30]) for i in range(2)]
+    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
+    argv = "test", "--eval", tmp_path / "film.gif", "--save-images", tmp_path / "out"
+    result = call(*argv, "--report", tmp_path / "r.html")
+    assert (result.status, result.err.count("\n")) == (0, 1)
+    assert "only the first is used" in result.err
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
