@@ -51,7 +51,8 @@ from utils import ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
-NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb", "photo": "srcnn_photo"}
+NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}
+NETWORKS |= {"photo": "srcnn_photo", "photo-luma": "srcnn_photo-luma"}
 METHODS = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")  # not of --results
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
@@ -87,7 +88,7 @@ def upscale_file(
     start = time.perf_counter()
     image = open_image(path)
     size, scale = target_size(image, args)
-    model, name = load_network(args, scale, networks, image.info["jpeg_quality"])
+    model, name = load_network(args, scale, networks, image.info)
     if model.num_channels not in (1, 3):
         raise InputError(f"{args.weights_file}: is for {model.num_channels} channels, not 1 or 3")
     planes = decode(image, value_range(model, args))
@@ -162,18 +163,21 @@ def export(args: argparse.Namespace) -> int:
 
 
 def load_network(
-    args: argparse.Namespace, scale: int, networks: dict, jpeg_quality: int | None = None
+    args: argparse.Namespace, scale: int, networks: dict, info: dict | None = None
 ) -> tuple[nn.Module, str]:
     """Return a network on its device, and a description such as "9-5-5 x3".
 
     Args:
         networks: those of this run by the paths of their files; each is loaded once.
-        jpeg_quality: of the image. Without --network, compressed images get `photo`, which
-            removes the blocks that the other networks sharpen.
+        info: of an image of open_image. Without --network, compressed JPEG images get `photo`,
+            which removes the blocks that the other networks sharpen, and restores the chroma that
+            most JPEG files store at half the resolution; the others get `photo-luma`.
     """
     network, reason = args.network or "9-5-5", ""
-    if not args.network and jpeg_quality is not None and jpeg_quality < CLEAN_JPEG_QUALITY:
-        network, reason = "photo", f" for JPEG of quality {jpeg_quality}"
+    quality = info["jpeg_quality"] if info else None
+    if not args.network and quality is not None and quality < CLEAN_JPEG_QUALITY:
+        network = "photo" if info["chroma_subsampled"] else "photo-luma"
+        reason = f" for JPEG of quality {quality}"
     path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
     if args.weights_file:
         path, network, reason = Path(args.weights_file), Path(args.weights_file).name, ""

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from PIL.ExifTags import IFD, Base as Tag
 
 
@@ -345,8 +345,8 @@ def open_input(path: str | Path, kind: str, hint: str) -> Iterator[None]:
 def open_image(path: str | Path) -> Image.Image:
     """Read and decode an image: the first full frame, rotated by its EXIF orientation.
 
-    `info` gets portable EXIF, the jpeg_quality, and for `decode` the path, notes on what is lost,
-    the bits per value in the file and white_is_zero.
+    `info` gets portable EXIF, jpeg_quality and chroma_subsampled of a JPEG file, and for `decode`
+    the path, notes on what is lost, the bits per value in the file and white_is_zero.
 
     Raises:
         InputError: missing, not an image, damaged, or larger than --max-pixels.
@@ -385,6 +385,8 @@ def open_image(path: str | Path) -> Image.Image:
         if image.mode == "I;16" and "transparency" in image.info:
             notes.append("transparency of 16-bit greyscale is ignored")
         upright.info |= {"exif": portable_exif(exif), "jpeg_quality": jpeg_quality(image)}
+        is_subsampled = image.mode != "L" and JpegImagePlugin.get_sampling(image) != 0
+        upright.info["chroma_subsampled"] = is_subsampled  # of a JPEG file
         upright.info |= {"path": path, "notes": notes, "bits": bits}
         upright.info["white_is_zero"] = tags.get(Tag.PhotometricInterpretation) == 0
         with suppress(Exception):  # there is no second frame, or it cannot be decoded
