@@ -33,21 +33,11 @@ from tqdm import tqdm
 from datasets import read_eval_pairs
 from models import SelfEnsemble, back_project, default_back_projection, load_srcnn, pick_device
 from models import restore, to_onnx, upscale
-from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair
-from utils import check_outputs, collect_warnings, count_of, crop_to_multiple, decode, find_images
-from utils import (
-    InputError,
-    luma,
-    make_pair,
-    match_images,
-    number,
-    only_match,
-    open_image,
-    open_input,
-)
-from utils import Pair, Planes, protocol_psnr, psnr, quantize, read_levels, report_errors
-from utils import rgb_to_ycbcr, run, shave, ssim, unique_names, write_csv, write_file
-from utils import ycbcr_to_rgb
+from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair, check_outputs
+from utils import collect_warnings, count_of, crop_to_multiple, decode, find_images, InputError
+from utils import luma, make_pair, match_images, number, only_match, open_image, open_input, Pair
+from utils import Planes, protocol_psnr, psnr, quantize, read_levels, report_errors, rgb_to_ycbcr
+from utils import run, shave, ssim, unique_names, write_csv, write_file, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
@@ -149,8 +139,8 @@ def evaluate_files(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the network as an ONNX file; return the exit status."""
-    if args.half or args.self_ensemble:
-        raise InputError("--half, --self-ensemble: cannot be combined with --export")
+    if args.half or args.self_ensemble or args.output:
+        raise InputError("--half, --self-ensemble, --output: cannot be combined with --export")
     networks = {}
     model, _ = load_network(args, args.scale, networks)
     check_outputs([("--export", args.export)], networks)
