@@ -551,7 +551,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("network")
     add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("-s", "--scale", type=number(int, 1, 65), help="default: from the flags below, or 3")
+    add("-s", "--scale", type=whole_scale, help="default: from the flags below, or 3")
     one_of("--network", choices=tuple(NETWORKS), help="default: photo for JPEG images, else 9-5-5")
     one_of("--weights-file", help="other weights; a name or folder such as x3 implies the scale")
     add("--self-ensemble", action="store_true", help="mean of 8 rotations; 8 times slower")
@@ -584,6 +584,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if available)")
     add("--half", action="store_true", help="half precision, on CUDA")
     return parser
+
+
+def whole_scale(text: str) -> int:
+    """Parse --scale; a fraction needs --outscale."""
+    if "." in text:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number; use --outscale {text}")
+    return number(int, 1, 65)(text)
 
 
 def choose_scale(args: argparse.Namespace) -> int | None:

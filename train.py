@@ -656,13 +656,17 @@ def weights_of(model: SRCNN) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_checkpoint(path: Path) -> dict:
-    """Return the content of a last.pth; the error names a file of another program or version."""
+def load_checkpoint(path: Path) -> tuple[dict, dict]:
+    """Return the content of a last.pth, and the arguments of its run.
+
+    Raises:
+        InputError: a file of another program or version.
+    """
     with open_input(path, "checkpoint", "pass a last.pth of train.py, or train without --resume"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise InputError("is of another version of train.py; start from its weights by --init")
-        return checkpoint
+        return checkpoint, checkpoint["args"]
 
 
 # --- processes and signals ------------------------------------------------------------------
@@ -838,8 +842,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
         return argparse.Namespace(**args), None
     if args["resume"] and "outputs_dir" in typed:
         raise InputError("--outputs-dir: a resumed run writes beside its checkpoint; drop the flag")
-    checkpoint = load_checkpoint(path)
-    saved = checkpoint["args"]
+    checkpoint, saved = load_checkpoint(path)
     for name, value in typed.items():
         if name not in RESUMABLE_FLAGS and saved.get(name, defaults[name]) != value:
             flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
