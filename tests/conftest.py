@@ -9,6 +9,9 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores; before torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch

@@ -277,10 +277,13 @@ def test_tiles_cover_every_pixel_once(weights, monkeypatch):
     assert sum(height * width for height, width in sizes) == 37 * 101
 
 
-def test_restore_does_not_change_the_number_of_threads(weights):
-    threads = torch.get_num_threads()
-    restore(load_srcnn(weights), noise(40, 40), 8)
-    assert torch.get_num_threads() == threads
+def test_threads_share_the_tiles_and_their_number_remains(weights):
+    model, ilr = load_srcnn(weights), noise(40, 40)
+    torch.set_num_threads(1)
+    expected = restore(model, ilr, 8)
+    torch.set_num_threads(2)
+    assert np.abs(restore(model, ilr, 8) - expected).max() < 1e-3
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
