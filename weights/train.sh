@@ -4,7 +4,7 @@
 # trained first; stopped runs are resumed. Needs data/T91 (python prepare.py --download data).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_photo_x4, ...}
+name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, srcnn_photo-luma_x3, ...}
 work=${2:-weights/work}
 scale=${name##*_x}
 network=${name%_x*}
@@ -54,6 +54,10 @@ srcnn_rgb | srcnn_photo | srcnn_photo-luma)
   h5 "$network" "$scale" "${flags[@]}"
   stage "$network" "$network" "$scale" --batch-size 16 --steps 21000
   last=$network
+  if [ "$name" = srcnn_rgb_x2 ]; then
+    stage rgb-second srcnn_rgb 2 --init "$work/srcnn_rgb/x2/best.pth" --lr 0.004 --steps 8000 --bf16 0.6
+    last=rgb-second
+  fi
   ;;
 *) echo "$name: unknown" >&2; exit 2 ;;
 esac
