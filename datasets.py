@@ -26,20 +26,18 @@ class DataLoadingError(InputError):
     """A lost worker or a damaged patch in the middle of a run."""
 
 
-def read_layout(file: h5py.File, kind: type, scale: int | None) -> dict:
-    """Return the attributes of an open h5 file after checking its layout and scale.
-
-    Args:
-        kind: of `lr` and `hr`: h5py.Dataset in training files, h5py.Group in evaluation files.
-    """
+def read_layout(file: h5py.File, is_eval: bool, scale: int | None) -> dict:
+    """Return the attributes of an open h5 file after checking its layout and scale."""
+    kind = h5py.Group if is_eval else h5py.Dataset
     if not isinstance(file["lr"], kind) or not isinstance(file["hr"], kind):
-        use, flag = ("a training", "without") if kind is h5py.Dataset else ("an evaluation", "with")
-        raise InputError(f"is not {use} file; {HINT}, {flag} --eval")
+        use = "an evaluation" if is_eval else "a training"
+        raise InputError(f"is not {use} file; {HINT}, {'with' if is_eval else 'without'} --eval")
     file_scale = file.attrs.get("scale", scale)  # yjn870's files do not have it
     if scale is not None and file_scale != scale:
         raise InputError(f"was made for --scale {file_scale}, not {scale}; change one of them")
-    hr = file["hr"]  # of patches a sample is enough
-    samples = [hr[:: max(1, len(hr) // 256)]] if kind is h5py.Dataset else hr.values()
+    hr = file["hr"]
+    # A sample of 256 patches is enough to recognise values in 0..1.
+    samples = hr.values() if is_eval else [hr[:: max(1, len(hr) // 256)]]
     if 0 < max((np.max(values) for values in samples if values.size), default=0) <= 1:
         raise InputError(f"contains values in 0..1 instead of 0..255; {HINT}")
     return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
@@ -50,7 +48,7 @@ def check_compatible(path: str | Path, attributes: dict, others: dict) -> None:
     for name in ("channels", "degradation", "jpeg", "range", "bit_depth"):
         value, other = attributes.get(name), others.get(name)  # yjn870's files do not have them
         if None not in (value, other) and value != other:
-            raise InputError(f"{path}: has {name} {value}, the other file {other}; use equal ones")
+            raise InputError(f"{path}: has {name} {value}, another file {other}; use equal ones")
 
 
 def read_finite(dataset: h5py.Dataset, rows: object = ...) -> np.ndarray:
@@ -70,7 +68,7 @@ class H5Patches(Dataset):
     Each process opens the files at its first access, so workers may be forked or spawned.
 
     Args:
-        scale: that the files must have been made for, or None.
+        scale: for which the files must have been made; None accepts any.
         halo: of the network; a patch must leave at least one output pixel.
 
     Raises:
@@ -82,7 +80,7 @@ class H5Patches(Dataset):
         self.starts, self.datasets, self.attributes, shapes = [0], None, {}, []
         for path in paths:
             with open_input(path, "h5 file", HINT), h5py.File(path, "r") as file:
-                attributes = read_layout(file, h5py.Dataset, scale)
+                attributes = read_layout(file, False, scale)
                 ilr, hr = file["lr"].shape, file["hr"].shape
                 if ilr != hr or len(ilr) not in (3, 4) or ilr[-1] != ilr[-2] or not ilr[0]:
                     raise InputError(f"'lr' is {ilr}, 'hr' {hr}, not both N x P x P; {HINT}")
@@ -238,7 +236,7 @@ class Batches:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the parent process, which ends the workers (a DataLoader's init_fn)."""
+    """Ignore signals in a DataLoader's worker: the parent process handles them and ends it."""
     set_signal_handlers(signal.SIG_IGN)
 
 
@@ -260,7 +258,7 @@ def read_eval_pairs(path: str | Path, scale: int | None = None) -> tuple[list[Pa
     """
     pairs = []
     with open_input(path, "h5 file", HINT), h5py.File(path, "r") as file:
-        attributes = read_layout(file, h5py.Group, scale)
+        attributes = read_layout(file, True, scale)
         quantum = float(attributes.get("rounding", 1.0))  # yjn870's files have 8 bits
         if not len(file["lr"]) or set(file["lr"]) != set(file["hr"]):
             raise InputError(f"'lr' has {len(file['lr'])} images, 'hr' {len(file['hr'])}; {HINT}")

@@ -214,8 +214,10 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
         raise InputError(f"image has {len(planes)} channels, the network {model.num_channels}")
     on_cpu, threads = parameter.device.type == "cpu", torch.get_num_threads()
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
-    sr, (_, rows, columns) = np.empty_like(planes), planes.shape
+    sr = np.empty_like(planes)
+    _, rows, columns = planes.shape
     tile = tile or (CPU_TILE if on_cpu else GPU_TILE)
+    # Tiles of equal size, of at most `tile` pixels per side.
     height, width = (math.ceil(n / math.ceil(n / tile)) for n in (rows, columns))
 
     @torch.inference_mode()
@@ -279,7 +281,7 @@ class SelfEnsemble(nn.Module):
         self.architecture = f"{model.architecture} self-ensemble"
 
     def forward(self, x: torch.Tensor, valid: bool = True) -> torch.Tensor:
-        """Return what SRCNN.forward returns with `valid`."""
+        """Return N x C x (H - 2 halo) x (W - 2 halo); `valid` is always True."""
         total = 0
         for rotation, flip in itertools.product(range(4), (False, True)):
             transformed = torch.rot90(x.flip(3) if flip else x, rotation, (2, 3))
@@ -297,13 +299,17 @@ def back_project(sr: np.ndarray, lr: np.ndarray, steps: int) -> np.ndarray:
     Irani and Peleg, "Improving resolution by image registration", 1991; as the last step in
     Timofte et al., "Seven ways", CVPR 2016. Areas of one colour become exact.
     """
-    for _ in range(steps if sr.shape != lr.shape else 0):  # at scale 1 it would undo the network
+    if sr.shape == lr.shape:  # at scale 1 it would undo the network
+        return sr
+    for _ in range(steps):
         sr = sr + resize(lr - resize(sr, lr.shape[-2:]), sr.shape[-2:])
     return sr
 
 
-def default_back_projection(model: nn.Module) -> int:
-    """Return 1 step, or 0 for networks trained on pairs: their LR images are not bicubic's."""
+def back_projection_steps(model: nn.Module, steps: int | None = None) -> int:
+    """Return `steps`; by default 1, or 0 for networks whose LR images were not bicubic's."""
+    if steps is not None:
+        return steps
     return 1 if model.info.get("degradation", "bicubic") == "bicubic" else 0
 
 
@@ -325,7 +331,7 @@ def upscale(
         image: an image of any Pillow mode, or the result of `decode`.
         model: what load_srcnn returns, or SelfEnsemble.
         scale: a whole number.
-        back_projection: steps, see `back_project`; None is default_back_projection.
+        back_projection: steps, see `back_project`; None: see back_projection_steps.
         tile, band: output pixels per side, and in memory at once; they change no result.
         edges: "edge", or "wrap" for seamless textures, which then stay seamless.
 
@@ -343,7 +349,7 @@ def upscale(
     if luma_only:
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
         num_colours = 1  # that the network restores
-    steps = default_back_projection(model) if back_projection is None else back_projection
+    steps = back_projection_steps(model, back_projection)
     # LR rows that an output row depends on: by the network, bicubic, and back-projection.
     margin = math.ceil(model.halo / scale) + 2 + 4 * steps
     padding = margin if edges == "wrap" else 0
@@ -382,7 +388,7 @@ def check_arguments(image: object, model: object, scale: object) -> int:
 
 
 def restore_colours(model: nn.Module, ilr: np.ndarray, tile: int | None) -> np.ndarray:
-    """Return restore(...); an RGB network gets greyscale as three equal channels."""
+    """Restore C x H x W; an RGB network gets greyscale three times, and its mean is returned."""
     if len(ilr) == 1 and model.num_channels == 3:
         rgb = restore(model, np.repeat(ilr, 3, axis=0), tile)
         return rgb.mean(axis=0, keepdims=True)

@@ -1,4 +1,4 @@
-"""Make h5 files of patches to train on, or of whole images to evaluate on, by bicubic.
+"""Make h5 files of LR/HR pairs: patches to train on, or whole images to evaluate on.
 
 python prepare.py --images-dir data/T91 --output-path t91_x3.h5 --scale 3
 python prepare.py --images-dir data/Set5 --output-path set5_x3.h5 --scale 3 --eval
@@ -176,11 +176,11 @@ def write_h5(
     """Write pairs one by one, so that memory use is constant; report and skip those too small.
 
     Args:
-        path: of atomic_path.
+        path: a temporary path of atomic_path.
         append: append_image, or append_patches with its size and stride.
 
     Returns:
-        The number of patches or images; without any, the file is not complete.
+        The number of patches or images; 0 if no image is large enough, and then no attributes.
 
     Raises:
         InputError: images of different value ranges or bit depths.
@@ -196,7 +196,7 @@ def write_h5(
                 if source not in (None, pair.source):
                     raise InputError(f"{name}: is {pair.source}, the images before it {source}")
                 count, source, quantum = count + added, pair.source, pair.quantum
-            if count:  # "rounding" is the quantum, with which train.py scores as test.py does
+            if count:  # "rounding" is the quantum to which train.py rounds before it measures PSNR
                 file.attrs.update(attributes | source | {"rounding": quantum})
         set_signal_handlers(raise_exit)
         target.check()
@@ -238,8 +238,6 @@ def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
 def open_source(source: str) -> Iterator[BinaryIO | str]:
     """Yield the path of a local archive, or a temporary file with the download of a URL."""
     if not source.startswith("http"):
-        if not Path(source).is_file():
-            raise OSError("no such zip file")
         yield source
         return
     with urllib.request.urlopen(source, timeout=30) as response, tempfile.TemporaryFile() as file:
@@ -370,14 +368,17 @@ def main(args: argparse.Namespace) -> int:
     else:
         images = find_images(args.images_dir, folders_only=True)
         images = {path: name.with_suffix("").as_posix() for path, name in images.items()}
-        images = {path: name for path, name in images.items() if path in (lr_paths or images)}
-    jobs = [(args.output_path, images, args.eval)]  # (h5 file, images, whether they stay whole)
+    if args.lr_dir:
+        images = {path: name for path, name in images.items() if path in lr_paths}
+    # (h5 file, images, whether they stay whole, factors of additional copies)
+    jobs = [(args.output_path, images, args.eval, args.shrink)]
     if args.hold_out:
         train_images, eval_images = hold_out(images, args.hold_out, args.seed)
         eval_path = f"{os.path.splitext(args.output_path)[0]}_eval.h5"
-        jobs = [(eval_path, eval_images, True), (args.output_path, train_images, False)]
+        jobs = [(eval_path, eval_images, True, [])]
+        jobs += [(args.output_path, train_images, False, args.shrink)]
     inputs = [] if args.synthetic else [*images, *itertools.chain(*lr_paths.values())]
-    check_outputs([("--output-path", path) for path, _, _ in jobs], inputs)
+    check_outputs([("--output-path", path) for path, *_ in jobs], inputs)
 
     common = {"scale": args.scale, "version": LAYOUT_VERSION}
     common["degradation"] = "pairs" if args.lr_dir else "jpeg" if args.jpeg else "bicubic"
@@ -385,24 +386,23 @@ def main(args: argparse.Namespace) -> int:
         common["jpeg"] = args.jpeg
     failed, summary = [], []
     with ExitStack() as files:  # no file appears before all are complete
-        for path, job_images, whole in jobs:
-            factors = args.shrink if whole == args.eval else []  # held-out images have no copies
+        for path, job_images, is_eval, factors in jobs:
             pairs = make_pairs(args, job_images, lr_paths, factors, failed)
             total = len(job_images) * (1 + len(factors))
             pairs = tqdm(pairs, "images", total, leave=False, disable=None)
             append, attributes = append_image, dict(common)
-            if not whole:
+            if not is_eval:
                 append = partial(append_patches, size=args.patch_size, stride=args.stride)
                 attributes |= {"patch_size": args.patch_size, "stride": args.stride}
             partial_path = files.enter_context(atomic_path(path))
             count = write_h5(partial_path, pairs, append, attributes)
             if not count and failed:
-                raise SystemExit(2)
+                raise SystemExit(2)  # the error of each image has been printed
             if not count:
                 raise InputError("--patch-size, --scale: no image is large enough; lower them")
-            noun = "image" if whole else "patch"
+            noun = "image" if is_eval else "patch"
             summary.append(f"{path}: {count_of(count, noun)} for x{args.scale}")
-            if args.hold_out and whole:
+            if args.hold_out and is_eval:
                 summary.append(f"held out: {', '.join(job_images.values())}")
     print(*summary, sep="\n")
     return 2 if failed else 0

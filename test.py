@@ -31,19 +31,20 @@ from torch import nn
 from tqdm import tqdm
 
 from datasets import read_eval_pairs
-from models import SelfEnsemble, back_project, default_back_projection, load_srcnn, pick_device
+from models import SelfEnsemble, back_project, back_projection_steps, load_srcnn, pick_device
 from models import restore, to_onnx, upscale
 from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair, check_outputs
 from utils import collect_warnings, count_of, crop_to_multiple, decode, find_images, InputError
-from utils import luma, make_pair, match_images, number, only_match, open_image, open_input, Pair
+from utils import luma, make_pair, match_images, number, only_match, open_image, Pair
 from utils import Planes, protocol_psnr, psnr, quantize, read_levels, report_errors, rgb_to_ycbcr
-from utils import run, shave, ssim, unique_names, write_csv, write_file, ycbcr_to_rgb
+from utils import run, shave, ssim, write_csv, write_file, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
 NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}
 NETWORKS |= {"photo": "srcnn_photo", "photo-luma": "srcnn_photo-luma"}
-METHODS = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")  # not of --results
+# Columns and labels that no folder of --results may have.
+METHODS = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 
@@ -79,8 +80,6 @@ def upscale_file(
     image = open_image(path)
     size, scale = target_size(image, args)
     model, name = load_network(args, scale, networks, image.info)
-    if model.num_channels not in (1, 3):
-        raise InputError(f"{args.weights_file}: is for {model.num_channels} channels, not 1 or 3")
     planes = decode(image, value_range(model, args))
     is_32_bit = planes.mode in ("I", "F")
     target = outputs["tiff"] if is_32_bit and "tiff" in outputs else outputs["result"]
@@ -89,7 +88,7 @@ def upscale_file(
     strip = encode(Image.new(planes.mode, (max(size), 16)), target, properties)
     if planes.mode[0] in "IF" and Image.open(io.BytesIO(strip)).mode[0] not in "IF":
         raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
-    steps = back_projection_steps(model, args)
+    steps = back_projection_steps(model, args.back_projection)
     result = upscale(planes, model, scale, steps, edges=args.tile_edges)
     if result.size != size:
         result = downscale(result, size, (planes.low, planes.high), args.tile_edges)
@@ -110,13 +109,13 @@ def evaluate_files(args: argparse.Namespace) -> int:
         lr_paths = match_images(args.images, args.lr_dir, args.scale)
         images = {path: relative for path, relative in images.items() if path in lr_paths}
     results = {folder: match_images(args.images, [folder], args.scale) for folder in args.results}
-    names = [Path(folder).name for folder in results]
-    if len({*names, *METHODS}) < len(names) + len(METHODS):
+    names = [Path(folder).resolve().name for folder in results]
+    if len(set(names)) < len(names) or set(names) & set(METHODS):
         names = [f"{folder}/" for folder in results]
     outputs = plan_outputs(images, args)
     networks, entries, failed, rows = {}, [], [], []
     model, _ = load_network(args, args.scale, networks)
-    for path, name in tqdm(unique_names(images).items(), "files", leave=False, disable=None):
+    for path, name in tqdm(images.items(), "files", leave=False, disable=None):
         with report_errors(path, failed):
             lr_path = only_match(path, lr_paths[path], "--lr-dir") if args.lr_dir else None
             for pair, colour_pair in read_pairs(path, lr_path, name.as_posix(), model, args):
@@ -139,8 +138,8 @@ def evaluate_files(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the network as an ONNX file; return the exit status."""
-    if args.half or args.self_ensemble or args.output:
-        raise InputError("--half, --self-ensemble, --output: cannot be combined with --export")
+    if args.half or args.self_ensemble:
+        raise InputError("--half, --self-ensemble: cannot be combined with --export")
     networks = {}
     model, _ = load_network(args, args.scale, networks)
     check_outputs([("--export", args.export)], networks)
@@ -163,16 +162,19 @@ def load_network(
             which removes the blocks that the other networks sharpen, and restores the chroma that
             most JPEG files store at half the resolution; the others get `photo-luma`.
     """
-    network, reason = args.network or "9-5-5", ""
-    quality = info["jpeg_quality"] if info else None
-    if not args.network and quality is not None and quality < CLEAN_JPEG_QUALITY:
-        network = "photo" if info["chroma_subsampled"] else "photo-luma"
-        reason = f" for JPEG of quality {quality}"
-    path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
     if args.weights_file:
-        path, network, reason = Path(args.weights_file), Path(args.weights_file).name, ""
-    elif not path.is_file():
-        raise InputError(f"--scale {scale}: there is no {path}; use 2, 3 or 4, or --weights-file")
+        path = Path(args.weights_file)
+        description = f"{path.name} x{scale}"
+    else:
+        network, reason = args.network or "9-5-5", ""
+        quality = info["jpeg_quality"] if info else None
+        if not args.network and quality is not None and quality < CLEAN_JPEG_QUALITY:
+            network = "photo" if info["chroma_subsampled"] else "photo-luma"
+            reason = f" for JPEG of quality {quality}"
+        path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
+        if not path.is_file():
+            raise InputError(f"--scale {scale}: there is no {path}; use 2, 3, 4 or --weights-file")
+        description = f"{network} x{scale}{reason}"
     if path not in networks:
         device = pick_device(args.device)
         model = load_srcnn(path, device).to(memory_format=torch.channels_last)
@@ -180,17 +182,12 @@ def load_network(
             raise InputError("--half: needs a CUDA device; drop it")
         model = model.half() if args.half else model
         networks[path] = SelfEnsemble(model) if args.self_ensemble else model
-    return networks[path], f"{network} x{scale}{reason}"
+    return networks[path], description
 
 
 def value_range(model: nn.Module, args: argparse.Namespace) -> list[float] | dict:
     """Return --range, or the network's own for images of the bit depth it was trained on."""
     return args.range or {model.info.get("bit_depth"): model.info.get("range")}
-
-
-def back_projection_steps(model: nn.Module, args: argparse.Namespace) -> int:
-    """Return --back-projection, or what suits the degradation that the network was trained for."""
-    return default_back_projection(model) if args.back_projection is None else args.back_projection
 
 
 # --- files ----------------------------------------------------------------------------------
@@ -240,9 +237,8 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
     return outputs
 
 
-def unique_stems(images: dict[Path, Path]) -> dict[Path, Path]:
-    """Return unique_names without their extension, unless it tells two names apart."""
-    names = unique_names(images)
+def unique_stems(names: dict[Path, Path]) -> dict[Path, Path]:
+    """Return the names without their extension, unless it tells two names apart."""
     counts = Counter(name.with_suffix("") for name in names.values())
     return {
         path: name if counts[name.with_suffix("")] > 1 else name.with_suffix("")
@@ -260,7 +256,7 @@ def metadata(image: Image.Image, mode: str, target: Path) -> dict:
     profile = image.info.get("icc_profile") or b""
     if profile[36:40] == b"acsp" and profile[16:20] == (b"GRAY" if mode[0] in "LIF" else b"RGB "):
         if target.suffix.lower() == ".png" and len(profile) > 1 << 20:
-            print(f"{target}: a colour profile above 1 MB is left out", file=sys.stderr)
+            print(f"{target}: the colour profile exceeds 1 MB and is not written", file=sys.stderr)
         else:
             valid["icc_profile"] = profile
     return valid
@@ -336,10 +332,9 @@ def read_pairs(
         return [(pair, pair) for pair in read_eval_pairs(path, args.scale)[0]]
     images = [open_image(path), open_image(lr_path) if lr_path else None]
     flags = value_range(model, args), args.jpeg
-    with open_input(lr_path or path, "image", "name another"):
-        pair = colour_pair = make_pair(*images, args.scale, model.num_channels, *flags)
-        if pair.num_channels == 1 and not pair.greyscale and (args.save_images or args.report):
-            colour_pair = make_pair(*images, args.scale, 3, *flags)
+    pair = colour_pair = make_pair(*images, args.scale, model.num_channels, *flags)
+    if pair.num_channels == 1 and not pair.greyscale and (args.save_images or args.report):
+        colour_pair = make_pair(*images, args.scale, 3, *flags)
     pair.name = name
     return [(pair, colour_pair)]
 
@@ -358,11 +353,10 @@ def read_result(path: Path, pair: Pair, model: nn.Module, args: argparse.Namespa
 
 def restore_pair(model: nn.Module, pair: Pair, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Return bicubic, and the network's output without and with back-projection."""
-    min_side = 11 + 2 * args.scale * (args.scale > 1)  # SSIM's window behind the shaved border
-    if min(pair.hr.shape[-2:]) < min_side:
-        raise InputError(f"{pair.name}: too small; needs {min_side} pixels per side")
+    if min(shave(pair.hr, args.scale).shape[-2:]) < 11:
+        raise InputError(f"{pair.name}: too small; SSIM needs 11 x 11 pixels within the border")
     sr_images = {"bicubic": pair.ilr, "srcnn": restore(model, pair.ilr)}
-    steps = back_projection_steps(model, args)
+    steps = back_projection_steps(model, args.back_projection)
     if pair.lr is not None and steps:
         sr_images["upscaled"] = back_project(sr_images["srcnn"], pair.lr, steps)
     return sr_images
@@ -376,7 +370,8 @@ def score(pair: Pair, sr_images: dict[str, np.ndarray], args: argparse.Namespace
     for method, sr in sr_images.items():
         sr_luma = luma_of(sr, pair)
         if method == "bicubic" and pair.num_channels == 3 and is_protocol:
-            sr_luma = quantize(bicubic_pair(hr_luma, scale).ilr, pair.quantum)  # resizes luma
+            # The protocol resizes the luma, not RGB.
+            sr_luma = quantize(bicubic_pair(hr_luma, scale).ilr, pair.quantum)
         shaved = shave(sr_luma, scale), shave(hr_luma, scale)
         row |= {f"{method}_psnr": psnr(*shaved), f"{method}_ssim": ssim(*shaved)}
         if pair.num_channels == 3:
@@ -395,7 +390,8 @@ def luma_of(planes: np.ndarray, pair: Pair) -> np.ndarray:
 
 def mean_scores(rows: list[dict]) -> dict:
     """Return the means of the scores that all images have (protocol step 6)."""
-    columns = [name for name in rows[0] if all(name in row for row in rows)][2:]
+    columns = [name for name in rows[0] if all(name in row for row in rows)]
+    columns = [name for name in columns if name not in ("image", "scale")]
     return {"image": "mean"} | {name: fmean(row[name] for row in rows) for name in columns}
 
 
@@ -411,10 +407,10 @@ def print_scores(rows: list[dict], args: argparse.Namespace) -> None:
         for column, title in titles.items():
             cells.append(f"{row[column]:{max(8, len(title))}.{4 if title == 'SSIM' else 2}f}")
         print("  ".join(cells))
-    loss = means["srcnn_psnr"] - means.get("upscaled_psnr", math.inf)
-    if loss > 0:
+    drop = means["srcnn_psnr"] - means.get("upscaled_psnr", math.inf)
+    if drop > 0:
         print(
-            f"back-projection lowers the PSNR by {loss:.2f} dB; "
+            f"back-projection lowers the PSNR by {drop:.2f} dB; "
             "use --back-projection 0 with these images",
             file=sys.stderr,
         )
@@ -453,7 +449,8 @@ def pair_visuals(
         if colour_pair is not pair:
             colours = colour_pair.hr if label == "original" else colour_pair.ilr
             shown = ycbcr_to_rgb(np.concatenate([planes[None], rgb_to_ycbcr(colours)[1:]]))
-        visuals[label] = screen_image(Planes(np.atleast_3d(shown.T).T, None, 0, 255, "RGB"))
+        shown = shown if shown.ndim == 3 else shown[None]
+        visuals[label] = screen_image(Planes(shown, None, 0, 255, "RGB"))
     return visuals
 
 
@@ -602,8 +599,7 @@ def choose_scale(args: argparse.Namespace) -> int | None:
         implied = load_srcnn(path).info.get("scale", int(name[1]) if name else None)
     if args.scale and implied not in (None, args.scale):
         print(
-            f"--scale {args.scale}: {args.weights_file} looks like weights for {implied}",
-            file=sys.stderr,
+            f"--scale {args.scale}: {args.weights_file} was trained for x{implied}", file=sys.stderr
         )
     size_is_set = args.outscale or args.width or args.height
     return args.scale or implied or (None if size_is_set else 3)
@@ -617,6 +613,8 @@ def main(args: argparse.Namespace) -> int:
             raise InputError(f"--{flag.replace('_', '-')}: use it with --eval")
     if args.jpeg and args.lr_dir:
         raise InputError("--jpeg: cannot be combined with --lr-dir")
+    if args.output and (args.eval or args.export):
+        raise InputError("--output: cannot be combined with --eval and --export")
     apply_image_flags(args)
     args.scale = choose_scale(args)
     if args.outscale and args.outscale > (args.scale or 4):

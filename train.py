@@ -40,8 +40,8 @@ if dist.is_available():
     import torch.distributed.nn
 
 SYNC_EVERY = 20  # steps between checks of the loss; a check waits for the GPU
-FIRST_ESTIMATE = 100  # steps after which the run's duration is printed
-EVALUATIONS = 20  # of a run of few epochs
+FIRST_ESTIMATE_STEP = 5 * SYNC_EVERY  # when the estimated duration is printed
+EVALUATIONS_PER_RUN = 20  # at least
 
 
 def loss_fn(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
@@ -54,10 +54,11 @@ def train_one_epoch(
 ) -> None:
     """Train until the epoch or the run ends, an evaluation is due, or a stop signal arrives."""
     args, steps_left = state.args, len(batches) - state.epoch_step
-    epoch = batches.epoch(state.epoch, first=state.epoch_step)
-    bar = tqdm(epoch, f"epoch {state.epoch}", steps_left, leave=False, disable=state.rank or None)
+    epoch_batches = batches.epoch(state.epoch, first=state.epoch_step)
+    hidden = True if state.rank else None  # None: hidden where stderr is no terminal
+    bar = tqdm(epoch_batches, f"epoch {state.epoch}", steps_left, leave=False, disable=hidden)
     for ilr, hr in bar:
-        if state.progress >= 1 or stop.agreed:  # also of a run that is resumed to be evaluated
+        if state.evaluation_due or stop.signum:  # also at once, in a run that stopped before it
             break
         set_learning_rate(state.optimizers, args, state.global_step, state.progress)
         with torch.autocast(ilr.device.type, torch.bfloat16, enabled=state.progress < state.bf16):
@@ -74,8 +75,6 @@ def train_one_epoch(
         if state.global_step % SYNC_EVERY == 0:
             sync_ranks(state, stop)
             output.show_progress(state, bar)
-        if state.evaluation_due:
-            break
 
 
 def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
@@ -91,11 +90,14 @@ class TrainingState:
     seconds: since the start, without the time between a stop and its resumption.
     best, best_psnr: the content of best.pth and its score.
     loss_sum, loss_steps, max_lr: since the last evaluation.
-    evaluated_step, evaluated_at, evaluation_seconds: when the last one began, and what it took.
+    evaluated_step, evaluated_at: step and seconds at the last evaluation.
+    evaluation_seconds: its duration, with the writing of files.
     """
 
-    COUNTERS = ("epoch", "epoch_step", "global_step", "seconds", "history", "best", "best_psnr")
-    COUNTERS += ("loss_steps", "max_lr", "evaluated_step", "evaluated_at", "evaluation_seconds")
+    SAVED_ATTRIBUTES = (
+        *("epoch", "epoch_step", "global_step", "seconds", "history", "best", "best_psnr"),
+        *("loss_steps", "max_lr", "evaluated_step", "evaluated_at", "evaluation_seconds"),
+    )
 
     def __init__(
         self, args: argparse.Namespace, batches: Batches, data: dict, rank: int, world_size: int
@@ -124,7 +126,7 @@ class TrainingState:
 
     def state_dict(self) -> dict:
         """Return the content of last.pth; on a CPU a resumed run continues bit for bit."""
-        return {name: getattr(self, name) for name in self.COUNTERS} | {
+        return {name: getattr(self, name) for name in self.SAVED_ATTRIBUTES} | {
             "version": CHECKPOINT_VERSION,
             "args": vars(self.args),
             "data": self.data,
@@ -143,7 +145,7 @@ class TrainingState:
         for name in ("train", "eval"):
             if state["data"][name] != self.data[name]:
                 raise InputError(f"--{name}-file: differs from that of the run; pass the same data")
-        for name in self.COUNTERS:
+        for name in self.SAVED_ATTRIBUTES:
             setattr(self, name, state[name])
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
@@ -178,19 +180,23 @@ class TrainingState:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether to evaluate now: about EVALUATIONS times per run and after each epoch.
+        """Whether to evaluate now: at least EVALUATIONS_PER_RUN times, and after each epoch.
 
         With --minutes the clock decides, so that evaluations take at most a 20th of the time.
         """
+        if self.evaluated_step == self.global_step:
+            return False
         if self.progress >= 1:
             return True
         if self.args.eval_every:
             return self.global_step % self.args.eval_every == 0
         if self.args.minutes:
-            interval = max(60 * self.args.minutes / EVALUATIONS, 20 * self.evaluation_seconds)
+            interval = max(
+                60 * self.args.minutes / EVALUATIONS_PER_RUN, 20 * self.evaluation_seconds
+            )
             is_synced = self.epoch_done or self.global_step % SYNC_EVERY == 0
             return is_synced and self.seconds - self.evaluated_at >= interval
-        interval = min(self.steps_per_epoch, math.ceil(self.total_steps / EVALUATIONS))
+        interval = min(self.steps_per_epoch, math.ceil(self.total_steps / EVALUATIONS_PER_RUN))
         return self.epoch_done or self.global_step % interval == 0
 
     @property
@@ -220,7 +226,10 @@ class TrainingState:
             self.seconds = time.perf_counter() - self.started
 
     def record(self, psnr: float | None) -> None:
-        """Add a row to the history; the EMA becomes `best` if its PSNR is, or if there is none."""
+        """Append a row to the history; the EMA becomes `best` if its PSNR is the highest so far.
+
+        Without evaluation images (psnr is None) it always does.
+        """
         self.evaluated_step, self.evaluated_at = self.global_step, self.seconds
         seconds = time.perf_counter() - self.started
         row = (self.epoch, self.global_step, self.mean_loss, psnr, self.max_lr, seconds)
@@ -240,34 +249,38 @@ def train(
 ) -> int:
     """Train a network; return the exit status: 0, or 128 + the signal that stopped it."""
     batches, pairs, data = load_data(args, device, rank, world_size)
+    if rank > 0:
+        pairs = []  # rank 0 evaluates
     state = TrainingState(args, batches, data, rank, world_size)
-    stop = StopSignal(world_size)
-    output = RunFolder(args) if rank == 0 else NoOutput()
     if checkpoint:
         with open_input(args.resume, "checkpoint", "train again"):
             state.load_state_dict(checkpoint)
+    else:
+        state.best_psnr = evaluate(state.ema, pairs, args.scale)
+    stop = StopSignal(world_size)
+    output = RunFolder(args) if rank == 0 else NoOutput()
+    if checkpoint:
         output.write_derived_files(state)  # in case they were lost
         output.print(f"{args.resume}: resuming in epoch {state.epoch}, step {state.epoch_step}")
     else:
-        state.best_psnr = evaluate(state.ema, pairs, args.scale)
-        output.move_older_run()
         output.save(state)
     output.print_summary(state, batches, pairs)
 
     while not state.finished:
         try:
             train_one_epoch(state, batches, stop, output)
-        except DataLoadingError:  # what was trained so far is not lost
-            output.save(state)
+        except DataLoadingError:
+            if math.isfinite(state.mean_loss):
+                output.save(state)  # what was trained so far is not lost
             raise
         sync_ranks(state, stop)
-        if stop.agreed:
+        if stop.signum:
             output.save(state)
             output.print(f"stopped; continue with: python train.py --resume {output.path}/last.pth")
-            return 128 + stop.agreed
+            return 128 + stop.signum
         is_evaluated = state.evaluation_due
         if is_evaluated:
-            state.record(evaluate(state.ema, pairs, args.scale) if rank == 0 else None)
+            state.record(evaluate(state.ema, pairs, args.scale))
         if state.epoch_done:
             state.epoch, state.epoch_step = state.epoch + 1, 0
         output.save(state)
@@ -315,11 +328,11 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum = state["momentum"].lerp_(weight.grad, 1 - beta)
-                rows = 0 if weight.shape[0] >= weight.shape[1] else 1
-                filters = weight.grad.lerp(momentum, beta).transpose(0, rows)
-                update = orthogonalize(filters.flatten(1))
-                stretch = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                weight.add_(update.view(filters.shape).transpose(0, rows), alpha=-lr * stretch)
+                axis = 0 if weight.shape[0] >= weight.shape[1] else 1
+                gradient = weight.grad.lerp(momentum, beta).transpose(0, axis)
+                update = orthogonalize(gradient.flatten(1))
+                factor = max(1, update.shape[0] / update.shape[1]) ** 0.5  # Jordan's
+                weight.add_(update.view(gradient.shape).transpose(0, axis), alpha=-lr * factor)
 
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -377,10 +390,11 @@ def update_ema(ema: SRCNN, model: SRCNN, weight: float) -> None:
 
 
 def identity_filters(model: SRCNN) -> list[tuple[torch.nn.Parameter, int]]:
-    """Return the identity filters as (parameter, channel axis): the first ones along the axis.
+    """Return the identity filters as (parameter, axis): the first num_channels along that axis.
 
     They stay frozen, because Muon's fixed-size steps would destroy them; the other filters learn
-    what is to be added to the input. Empty where a network has no identity filters, or no others.
+    what is to be added to the input. The list is empty if the first layer does not begin with
+    identity filters, or if a layer has no further ones.
     """
     channels = model.num_channels
     first = model.layers[0].weight[:channels]
@@ -406,11 +420,8 @@ def tied_elements(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]
     Returns:
         For each parameter 4 x numel indices: element i of row g is the one tied to i by g.
     """
-    rotations = square_symmetries(3)[::2]  # of a 3 x 3 square, as tables of its pixels
-    # products[g][m] is the number of the rotation g * m.
-    products = torch.tensor(
-        [[(rotations == k[g]).all(1).nonzero().item() for k in rotations] for g in rotations]
-    )
+    rotations = torch.arange(NUM_ROTATIONS)
+    products = (rotations[:, None] + rotations) % NUM_ROTATIONS  # of rotation g after rotation m
     # To which channel each rotation moves a channel: of the input, the hidden layers, the output.
     widths = [layer.in_channels for layer in model.layers] + [model.num_channels]
     permutations = [torch.arange(width).repeat(NUM_ROTATIONS, 1) for width in widths]
@@ -491,8 +502,8 @@ def bicubic_psnr(pairs: list[Pair], scale: int) -> float:
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     """Return the network to start from; --init may name a weights file."""
-    from_file = args.init not in INITS
-    if from_file and not args.resume:  # a checkpoint replaces the initial weights
+    from_file = args.init not in INITS and not args.resume  # a checkpoint replaces the weights
+    if from_file:
         model = load_srcnn(args.init)
         shape = [model.num_channels, model.filters, model.kernel_sizes]
         if shape != [num_channels, args.filters, args.kernel_sizes]:
@@ -502,7 +513,7 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
             )
     else:
         try:
-            init = "identity" if from_file else args.init
+            init = args.init if args.init in INITS else "identity"
             model = SRCNN(num_channels, args.filters, args.kernel_sizes, init)
         except ValueError as error:
             raise InputError(f"--kernel-sizes, --filters: {error}") from error
@@ -526,13 +537,16 @@ class RunFolder:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.path = Path(args.outputs_dir, f"x{args.scale}")
-        if args.resume:
-            self.path = Path(args.resume).parent
-        self.writer = None
+        self.writer, self.baseline = None, "none; best.pth will have the last weights"
         if args.tensorboard:
             with optional_import("tensorboard", "--tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter
+        if args.resume:
+            self.path = Path(args.resume).parent
+        else:
+            self.move_older_run()
+        if args.tensorboard:
+            self.writer = SummaryWriter(self.path / "tensorboard")
 
     def move_older_run(self) -> None:
         """Rename a folder that contains a run, x3 to x3-1, x3-2, ..., so that nothing is lost."""
@@ -567,14 +581,16 @@ class RunFolder:
     def show_progress(self, state: TrainingState, bar: tqdm) -> None:
         """Show loss and ETA of the whole run in the progress bar; print a first estimate."""
         bar.set_postfix_str(f"loss {state.mean_loss:.6f}, run ends in {state.eta}")
-        if state.global_step == FIRST_ESTIMATE and not state.args.minutes:
+        if state.global_step == FIRST_ESTIMATE_STEP and not state.args.minutes:
             self.print(f"estimated time to the end of the run: {state.eta}")
 
     def print_summary(self, state: TrainingState, batches: Batches, pairs: list[Pair]) -> None:
         """Print what will be trained, on what, and how long."""
         args, model, patches = state.args, state.model, batches.patches
         num_parameters = sum(p.numel() for p in model.parameters())
-        length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
+        length = f"{args.minutes:g} minutes"
+        if not args.minutes:
+            length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
         precision = f"bfloat16 for {state.bf16:.0%} of the run" if state.bf16 else "float32"
         if args.bf16 and not state.bf16:
             precision = "float32 (bfloat16 is not faster on this device)"
@@ -584,15 +600,13 @@ class RunFolder:
         )
         self.print(
             f"training    {args.optimizer}, learning rate {args.lr:g}, {args.schedule} schedule, "
-            f"{f'{args.minutes:g} minutes' if args.minutes else length} of "
-            f"{count_of(batches.batch_size, 'patch')}"
+            f"{length} of {count_of(batches.batch_size, 'patch')}"
         )
         self.print(f"device      {batches.device}, {torch.get_num_threads()} threads, {precision}")
         self.print(
             f"patches     {len(patches):,} of {' x '.join(map(str, patches.patch_shape))}, "
             f"{patches.nbytes / 1e6:,.0f} MB {'from disk' if batches.stream else 'in memory'}"
         )
-        self.baseline = "none; best.pth will have the last weights"
         if pairs:
             self.baseline = f"bicubic {bicubic_psnr(pairs, args.scale):.2f} dB"
         self.print(f"evaluation  {count_of(len(pairs), 'image')}, {self.baseline}")
@@ -600,9 +614,7 @@ class RunFolder:
             ignored = count_of(state.data["num_ignored"], "image")
             self.print(f"ignoring    {ignored} too small or with infinite bicubic PSNR")
         if state.finished:
-            self.print("this run is finished; a larger --num-epochs or --steps extends it")
-        if self.writer:
-            self.writer = self.writer(self.path / "tensorboard")
+            self.print("this run is finished; a longer --num-epochs, --steps, --minutes extends it")
 
     def print_evaluation(self, state: TrainingState) -> None:
         """Print the last row of the history, and send it to TensorBoard."""
@@ -656,8 +668,8 @@ def weights_of(model: SRCNN) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_checkpoint(path: Path) -> tuple[dict, dict]:
-    """Return the content of a last.pth, and the arguments of its run.
+def load_checkpoint(path: Path) -> dict:
+    """Return the content of a last.pth.
 
     Raises:
         InputError: a file of another program or version.
@@ -666,7 +678,7 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise InputError("is of another version of train.py; start from its weights by --init")
-        return checkpoint, checkpoint["args"]
+        return {"args": checkpoint["args"]} | checkpoint
 
 
 # --- processes and signals ------------------------------------------------------------------
@@ -675,17 +687,18 @@ def load_checkpoint(path: Path) -> tuple[dict, dict]:
 class StopSignal:
     """Remembers Ctrl-C, SIGTERM or SIGHUP until the step is done; a second one ends at once.
 
-    received: the signal that arrived in this process, 0 before.
-    agreed: the signal at which all processes stop; with one process equal to `received`.
+    received: the signal that this process received, or 0.
+    signum: the signal at which all ranks stop, or 0; sync_ranks sets it if there are several.
     """
 
     def __init__(self, world_size: int) -> None:
-        self.world_size, self.received, self.agreed = world_size, 0, 0
+        self.world_size, self.received, self.signum = world_size, 0, 0
         set_signal_handlers(self.remember)
 
     def remember(self, signum: int, frame: object) -> None:
         self.received = signum
-        self.agreed = signum if self.world_size == 1 else self.agreed
+        if self.world_size == 1:
+            self.signum = signum
         set_signal_handlers(raise_exit)
 
 
@@ -704,7 +717,7 @@ def sync_ranks(state: TrainingState, stop: StopSignal) -> None:
         gathered = values.to(state.loss_sum.device).repeat(state.world_size, 1)
         dist.all_gather(list(gathered), gathered[0].clone())
         seconds, received, loss_sum = gathered.unbind(1)
-        state.seconds, stop.agreed = seconds.max().item(), int(received.max())
+        state.seconds, stop.signum = seconds.max().item(), int(received.max())
         # The mean of the ranks' sums stays right when each rank adds its further losses to it.
         state.loss_sum = loss_sum.mean()
     if not math.isfinite(state.mean_loss):
@@ -739,9 +752,11 @@ def bf16_is_faster(device: torch.device) -> bool:
     Others emulate it, and on a GPU these small layers wait for autocast's conversions: an H200
     made 3,581 patches/s with it and 6,674 without.
     """
-    # Names of torch 2.6 to 2.15, not documented.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
+    if device.type != "cpu":
+        return False
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private in torch 2.6 to 2.13
+    checks = [getattr(torch.cpu, name, None) for name in names]
+    return any(check() for check in checks if check)
 
 
 # --- arguments ------------------------------------------------------------------------------
@@ -781,7 +796,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
-    add("--ema", type=number(float, 0, 1), default=0.999, help="decay of the weights' EMA; 0: none")
+    add(
+        "--ema", type=number(float, 0, 1), default=0.999, help="EMA decay of the weights; 0: no EMA"
+    )
     add(
         "--symmetry",
         type=int,
@@ -829,20 +846,25 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """Return the arguments and the checkpoint to resume: defaults | saved | typed."""
+    """Return the arguments, and the checkpoint if the run is resumed.
+
+    Typed flags override the checkpoint's, and those override the defaults.
+    """
     parser = get_args_parser()
     defaults = vars(parser.parse_args([]))
-    parser.set_defaults(**dict.fromkeys(defaults))  # None means not typed
+    parser.set_defaults(**dict.fromkeys(defaults))  # so that flags that were not typed are None
     typed = {n: value for n, value in vars(parser.parse_args(argv)).items() if value is not None}
     args = defaults | RECIPES[typed.get("recipe", "adam")] | typed
     path = Path(args["resume"] or Path(args["outputs_dir"], f"x{args['scale']}", "last.pth"))
-    if args["resume"] is None and not (args["auto_resume"] and path.exists()):
+    is_resumed = args["resume"] is not None or (args["auto_resume"] and path.exists())
+    if not is_resumed:
         if args["train_file"] is None:
             parser.error("the following arguments are required: --train-file")
         return argparse.Namespace(**args), None
     if args["resume"] and "outputs_dir" in typed:
         raise InputError("--outputs-dir: a resumed run writes beside its checkpoint; drop the flag")
-    checkpoint, saved = load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    saved = checkpoint["args"]
     for name, value in typed.items():
         if name not in RESUMABLE_FLAGS and saved.get(name, defaults[name]) != value:
             flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"

@@ -268,12 +268,13 @@ def match_images(
         if images.keys() & candidates.keys():
             candidates = select_role(images, "LR", "HR|GT")
             images = select_role(images, "HR|GT", "LR")
+        if not images:
+            raise InputError(f"{group_names[0]}: all images are marked LR; name HR images, too")
         by_key: dict[tuple, list[Path]] = {}
         for path, name in [*candidates.items(), *images.items()]:
             by_key.setdefault(pair_key(name, scale), []).append(path)
         for path, name in images.items():
-            matches[path] = by_key[pair_key(name, scale)].copy()
-            matches[path].remove(path)
+            matches[path] = [match for match in by_key[pair_key(name, scale)] if match != path]
     return matches
 
 
@@ -313,7 +314,7 @@ def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
 # Text and profiles of a PNG that are larger than Pillow's limit of 1 MB are harmless.
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
 Image.WARN_POSSIBLE_FORMATS = True  # tells why a valid TIFF cannot be decoded
-DEEP_MODES = "I", "F"  # how Pillow's modes of more than 8 bits begin, which are greyscale
+HIGH_BIT_DEPTH_MODES = "I", "F"  # how Pillow's modes of more than 8 bits begin, which are greyscale
 # EXIF that also holds for the upscaled image: not orientation, size, thumbnail, maker's data.
 EXIF_TAGS = Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist
 EXIF_TAGS += (Tag.Copyright,)
@@ -363,7 +364,7 @@ def open_image(path: str | Path) -> Image.Image:
             while tags.get(Tag.NewSubfileType, 0) & 1:  # a thumbnail in front of the full image
                 image.seek(image.tell() + 1)
         bits = check_decodable(image, tags)
-        if bits > 8 and not image.mode.startswith(DEEP_MODES):
+        if bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH_MODES):
             notes.append(f"{bits}-bit colour is read as 8 bits")
         ignored_bands = tags.get(Tag.SamplesPerPixel, 1) - len(image.getbands())
         if ignored_bands > 0:
@@ -409,15 +410,15 @@ def check_decodable(image: Image.Image, tags: dict) -> int:
         bits = 1 + (segment[38] & 127) if segment else 8
     is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
     is_planar = tags.get(Tag.PlanarConfiguration) == 2
-    is_reduced = bits > 8 and not image.mode.startswith(DEEP_MODES)
+    loses_bits = bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH_MODES)
     kinds = {
         "thumbnail of an image in a SubIFD": tags.get(Tag.NewSubfileType, 0) & 1,
         "signed 8-bit TIFF": is_signed and bits == 8,
         "compressed big-endian TIFF of signed values": "BS'" in str(image.tile),
-        "planar 16-bit TIFF": is_planar and is_reduced,
+        "planar 16-bit TIFF": is_planar and loses_bits,
         "planar TIFF with alpha": is_planar and image.mode == "LA",
         "16-bit FITS file": image.format == "FITS" and image.mode == "I;16",
-        "16-bit colour JPEG 2000": image.format == "JPEG2000" and is_reduced,
+        "16-bit colour JPEG 2000": image.format == "JPEG2000" and loses_bits,
     }
     for kind, applies in kinds.items():
         if applies:
@@ -445,15 +446,14 @@ def jpeg_quality(image: Image.Image) -> int | None:
 
 
 def portable_exif(exif: Image.Exif) -> bytes:
-    """Return the EXIF for another image, empty where nothing is known or Pillow cannot write it."""
+    """Return EXIF that also holds for the upscaled image; empty if Pillow cannot write it."""
     portable = Image.Exif()
     with suppress(Exception):
         portable.update({tag: exif[tag] for tag in EXIF_TAGS if tag in exif})
         for folder in EXIF_FOLDERS:
             values = exif.get_ifd(folder).items()
-            portable[folder] = {k: v for k, v in values if k not in NOT_IN_FOLDERS}
-            if not portable[folder]:
-                del portable[folder]
+            if values := {k: v for k, v in values if k not in NOT_IN_FOLDERS}:
+                portable[folder] = values
         content = portable.tobytes() if portable else b""
         if len(content) < 60_000:  # a JPEG stores less than 65,536 bytes
             return content
@@ -546,7 +546,7 @@ def decode(
         InputError: NaN or infinity, no value range, or one that cannot be applied.
     """
     path, notes = image.info.get("path", "image"), image.info.pop("notes", None)
-    is_deep = image.mode.startswith(DEEP_MODES)
+    is_deep = image.mode.startswith(HIGH_BIT_DEPTH_MODES)
     low, high, alpha = 0, 255, None
     if is_deep:
         values, mode = np.asarray(image)[None], image.mode[0]
@@ -560,10 +560,10 @@ def decode(
         values, alpha = (values[:-1], values[-1]) if has_alpha else (values, None)
     if isinstance(value_range, dict):
         value_range = value_range.get(8 * values.itemsize)
+    elif value_range and image.info.get("bits", 8) > 8 and not is_deep:
+        raise InputError(f"{path}: 16-bit colour is read as 8 bits; --range needs greyscale images")
     if not math.isfinite(low + high):
         raise InputError(f"{path}: contains NaN or infinity; replace them by numbers")
-    if value_range and image.info.get("bits", 8) > 8 and not is_deep:
-        raise InputError(f"{path}: 16-bit colour is read as 8 bits; --range needs greyscale images")
     if value_range:
         low, high = value_range
     elif mode in ("I", "F") and (needs_range or not high - low < 1e30):
@@ -697,8 +697,9 @@ def make_pair(
     if jpeg and min(hr.shape[-2:]) >= scale:
         rgb = crop_to_multiple(planes.levels().clip(0, 255), scale)
         rgb = quantize(resize(rgb, (rgb.shape[1] // scale, rgb.shape[2] // scale)))
-        lr_image = Image.fromarray(rgb.astype(np.uint8).transpose(1, 2, 0).squeeze())
-        lr_image, value_range = encode_jpeg(lr_image, jpeg), None
+        rgb = rgb.astype(np.uint8)
+        lr_image = Image.fromarray(rgb[0] if len(rgb) == 1 else rgb.transpose(1, 2, 0))
+        lr_image, value_range = encode_jpeg(lr_image, jpeg), None  # its range is 0..255
     if lr_image is None:
         pair = bicubic_pair(hr, scale, planes.quantum)
     else:
@@ -715,11 +716,6 @@ def make_pair(
             )
     pair.greyscale, pair.source = len(planes.colour) == 1, planes.source
     return pair
-
-
-def read_pair(path: Path, lr_path: Path | None, *args: object) -> Pair:
-    """Return make_pair(image, LR image, *args) of files; without lr_path there is no LR image."""
-    return make_pair(open_image(path), open_image(lr_path) if lr_path else None, *args)
 
 
 # --- atomic files ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import models
-from models import SRCNN, SelfEnsemble, default_back_projection, load_srcnn, restore, shifted_sums
+from models import SRCNN, SelfEnsemble, back_projection_steps, load_srcnn, restore, shifted_sums
 from utils import InputError
 
 
@@ -161,7 +161,7 @@ def test_weights_of_a_run_tell_what_they_were_trained_on(call, tmp_path, monkeyp
     for name in "best", "last", "epoch_1", "epoch_2":
         path = f"out/x2/{name}.pth"
         assert load_srcnn(path).info.items() >= expected.items(), name
-        assert default_back_projection(load_srcnn(path)) == (kind == "bicubic"), name
+        assert back_projection_steps(load_srcnn(path)) == (kind == "bicubic"), name
         state = torch.load(path, weights_only=True)
         state = state["ema"] if name == "last" else state
         assert state._metadata["srcnn"].items() >= expected.items()
@@ -176,8 +176,8 @@ def test_weights_that_tell_nothing_count_as_bicubic(tmp_path):
     for name in "fork.pth", "dict.pth":
         model = load_srcnn(tmp_path / name)
         assert model.info == {}
-        assert default_back_projection(model) == 1
-        assert default_back_projection(SelfEnsemble(model)) == 1
+        assert back_projection_steps(model) == 1
+        assert back_projection_steps(SelfEnsemble(model)) == 1
 
 
 def state_with(name: str, value: torch.Tensor | None) -> dict:

@@ -207,6 +207,13 @@ def test_images_of_other_subfolders_names_or_scales_do_not_match(call, hr, resul
     )
 
 
+@pytest.mark.parametrize("name", ["img.png", "img_LR.png"])
+@pytest.mark.parametrize("flag", ["--lr-dir", "--results"])
+def test_no_image_is_its_own_lr_image_or_result(call, flag, name):
+    save(f"D/{name}", grey(0, 48, 48))
+    refused(call("test", "--eval", "--image-file", "D", flag, "D", "--scale", 3), "D")
+
+
 @pytest.mark.parametrize("flags", ["images-dir lr-dir", "image-file lr-dir", "image-file results"])
 def test_missing_ambiguous_or_wrong_size_of_a_match_is_one_line(call, flags):
     hr_flag, lr_flag = (f"--{flag}" for flag in flags.split())

@@ -495,14 +495,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert [row["epoch"] for row in history(folder)] == list("12345")
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("flags", ["--optimizer adam", "--optimizer muon", "--symmetry 4"])
 def test_a_resumed_fine_tuning_ends_like_an_uninterrupted_one(
-    call, train_flags, folder, tmp_path, optimizer
+    call, train_flags, folder, tmp_path, flags
 ):
     torch.manual_seed(1)
-    torch.save(SRCNN(init="default", **LAYERS).state_dict(), tmp_path / "start.pth")
-    train_flags += ["--init", tmp_path / "start.pth", "--optimizer", optimizer]
-    train_flags += ["--schedule", "constant"]
+    model = SRCNN(init="default", **LAYERS)
+    if "symmetry" in flags:
+        train.tie_filters(model)
+    torch.save(model.state_dict(), tmp_path / "start.pth")
+    train_flags += ["--init", tmp_path / "start.pth", "--schedule", "constant", *flags.split()]
     call("train", *train_flags, "--outputs-dir", tmp_path / "whole")
     call("train", *train_flags, "--num-epochs", 2)
     assert call("train", "--resume", folder / "last.pth", "--num-epochs", 3).status == 0
@@ -516,28 +518,35 @@ def test_resuming_a_finished_run_changes_nothing(call, train_flags, folder):
     assert tree(folder) == before
 
 
-@pytest.mark.parametrize(("length", "last_step"), [(["--steps", 6], 6), (["--num-epochs", 3], 12)])
-def test_a_stop_at_the_last_step_ends_with_an_evaluation_and_no_further_step(
-    call, train_flags, folder, tmp_path, monkeypatch, length, last_step
+@pytest.mark.parametrize(
+    ("length", "stop", "end"),
+    [
+        (["--steps", 6], 6, 6),
+        (["--num-epochs", 3], 12, 12),
+        (["--steps", 6, "--eval-every", 2], 2, 6),
+    ],
+)
+def test_a_stop_at_a_step_that_is_evaluated_loses_nothing_and_adds_no_step(
+    call, train_flags, folder, tmp_path, monkeypatch, length, stop, end
 ):
     argv = [*train_flags[:-2], *length]
     call("train", *argv, "--outputs-dir", tmp_path / "whole")
     loss_fn, steps = train.loss_fn, []
 
-    def stop_at_the_last_step(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
+    def stop_at_the_step(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
         steps.append(len(steps) + 1)
-        if len(steps) == last_step:
+        if len(steps) == stop:
             signal.raise_signal(signal.SIGTERM)
         return loss_fn(sr, hr)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "loss_fn", stop_at_the_last_step)
+        patch.setattr(train, "loss_fn", stop_at_the_step)
         assert call("train", *argv).status == 143
     last = folder / "last.pth"
     stopped = torch.load(last, weights_only=True)
-    assert (stopped["global_step"], len(stopped["history"])) == (last_step, (last_step - 1) // 4)
+    assert (stopped["global_step"], len(stopped["history"])) == (stop, (stop - 1) // 4)
     assert call("train", "--resume", last).status == 0
-    assert torch.load(last, weights_only=True)["global_step"] == last_step
+    assert torch.load(last, weights_only=True)["global_step"] == end
     assert same_run(last, tmp_path / "whole/x3/last.pth")
 
 
