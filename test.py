@@ -138,8 +138,8 @@ def evaluate_files(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the network as an ONNX file; return the exit status."""
-    if args.half or args.self_ensemble:
-        raise InputError("--half, --self-ensemble: cannot be combined with --export")
+    if args.self_ensemble:
+        raise InputError("--self-ensemble: cannot be combined with --export")
     networks = {}
     model, _ = load_network(args, args.scale, networks)
     check_outputs([("--export", args.export)], networks)
@@ -178,9 +178,6 @@ def load_network(
     if path not in networks:
         device = pick_device(args.device)
         model = load_srcnn(path, device).to(memory_format=torch.channels_last)
-        if args.half and device.type != "cuda":
-            raise InputError("--half: needs a CUDA device; drop it")
-        model = model.half() if args.half else model
         networks[path] = SelfEnsemble(model) if args.self_ensemble else model
     return networks[path], description
 
@@ -579,7 +576,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("where it runs").add_argument
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if available)")
-    add("--half", action="store_true", help="half precision, on CUDA")
     return parser
 
 

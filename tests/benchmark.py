@@ -204,7 +204,7 @@ def benchmark_upscale(args: argparse.Namespace) -> None:
             path = Path(folder, "in.png")
             image.resize(size, Image.Resampling.BICUBIC).save(path)
             command = [ROOT / "test.py", "--image-file", path, "--device", device.type]
-            seconds, memory = peak_memory([*command, *["--half"] * args.half])
+            seconds, memory = peak_memory(command)
             megapixels = 9 * size[0] * size[1] / 1e6
             share = megapixels / seconds / (max(tiled) * pixels / 1e6)
             print(
@@ -253,7 +253,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     upscale = commands.add_parser("upscale")
     upscale.add_argument("--size", type=int, nargs=2, default=(1080, 1920))
     upscale.add_argument("--tile", type=int)
-    upscale.add_argument("--half", action="store_true")
+    upscale.add_argument("--half", action="store_true", help="the network in half precision")
     upscale.set_defaults(main=benchmark_upscale)
     psnr = commands.add_parser("time-to-psnr")
     psnr.add_argument("--target", type=float, action="append")

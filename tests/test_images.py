@@ -142,7 +142,8 @@ def test_16_bit_colour_is_read_as_8_bits_with_one_line(read, upscaled, name):
         assert np.abs(planes.alpha - DEEP_GREY / 257).max() < 1
     assert one_line(upscaled(name)[1], name, "16-bit")
     if name == "a.png":  # these weights have the range of 8 bits
-        assert one_line(upscaled(name, "--network", "rgb")[1], name, "16-bit")
+        rgb = ROOT / "weights" / "srcnn_rgb_x2.pth"
+        assert one_line(upscaled(name, "--weights-file", rgb)[1], name, "16-bit")
 
 
 def test_16_bit_ppm_is_read_as_8_bits_with_one_line(read):

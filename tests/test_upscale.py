@@ -908,7 +908,6 @@ def test_full_disk_is_one_line_and_the_old_file_remains(photo_path, tmp_path, na
         (["--width", "250", "--outscale", "2.5"], ["--width", "--outscale"]),
         (["--scale", "2", "--outscale", "2.5"], ["--outscale 2.5", "scale 2"]),
         (["--network", "rgb", "--weights-file", "x.pth"], ["--network", "--weights-file"]),
-        (["--half", "--device", "cpu"], ["--half"]),
     ],
 )
 def test_contradicting_flags_are_refused(call, photo_path, flags, names):
@@ -1203,7 +1202,7 @@ def test_export_without_the_package_is_refused(call, tmp_path, monkeypatch):
     assert not tree(tmp_path)
 
 
-@pytest.mark.parametrize("flag", ["--eval", "--half", "--self-ensemble"])
+@pytest.mark.parametrize("flag", ["--eval", "--self-ensemble"])
 def test_export_refuses_flags_that_it_would_ignore(call, tmp_path, flag):
     assert refused(call("test", "--export", tmp_path / "x.onnx", flag), flag, "--export")
     assert not tree(tmp_path)
