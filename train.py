@@ -1,7 +1,7 @@
 """Train SRCNN on h5 files of patches; keep the weights with the best PSNR on the evaluation file.
 
-`--recipe fast --minutes 1` reaches 32.82 to 32.86 dB on Set5 x3 (the paper: 32.75 after three days
-on a GTX 770) with three seeds on two cores of an AMD EPYC (Zen 4, bfloat16); see tests/README.md.
+`--recipe fast --bf16 0 --minutes 1` reaches 32.77 to 32.85 dB on Set5 x3 (the paper: 32.75 after
+three days on a GTX 770) with three seeds on two cores of an AMD EPYC (Zen 5); see tests/README.md.
 
 python train.py --train-file t91_x3.h5 --eval-file set5_x3.h5 --scale 3 --minutes 10
 python train.py --resume outputs/x3/last.pth               # continue a stopped run
@@ -588,9 +588,9 @@ class RunFolder:
         """Print what will be trained, on what, and how long."""
         args, model, patches = state.args, state.model, batches.patches
         num_parameters = sum(p.numel() for p in model.parameters())
-        length = f"{args.minutes:g} minutes"
-        if not args.minutes:
-            length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
+        length = f"{state.total_steps:,} steps, {len(batches):,} in an epoch"
+        if args.minutes:
+            length = f"{args.minutes:g} minutes"
         precision = f"bfloat16 for {state.bf16:.0%} of the run" if state.bf16 else "float32"
         if args.bf16 and not state.bf16:
             precision = "float32 (bfloat16 is not faster on this device)"
