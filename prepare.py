@@ -238,6 +238,8 @@ def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
 def open_source(source: str) -> Iterator[BinaryIO | str]:
     """Yield the path of a local archive, or a temporary file with the download of a URL."""
     if not source.startswith("http"):
+        if not Path(source).is_file():  # zipfile would wait for a FIFO
+            raise OSError("no such zip file")
         yield source
         return
     with urllib.request.urlopen(source, timeout=30) as response, tempfile.TemporaryFile() as file:

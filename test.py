@@ -80,6 +80,8 @@ def upscale_file(
     image = open_image(path)
     size, scale = target_size(image, args)
     model, name = load_network(args, scale, networks, image.info)
+    if model.num_channels not in (1, 3):
+        raise InputError(f"{args.weights_file}: is for {model.num_channels} channels, not 1 or 3")
     planes = decode(image, value_range(model, args))
     is_32_bit = planes.mode in ("I", "F")
     target = outputs["tiff"] if is_32_bit and "tiff" in outputs else outputs["result"]
@@ -173,7 +175,7 @@ def load_network(
             reason = f" for JPEG of quality {quality}"
         path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
         if not path.is_file():
-            raise InputError(f"--scale {scale}: there is no {path}; use 2, 3, 4 or --weights-file")
+            raise InputError(f"--scale {scale}: no {path}; use 2, 3 or 4, or --weights-file")
         description = f"{network} x{scale}{reason}"
     if path not in networks:
         device = pick_device(args.device)

@@ -1001,7 +1001,7 @@ def test_folder_gives_a_row_for_each_image_and_their_mean(call, photo_path, tmp_
 def test_image_too_small_to_measure_is_refused(call, tmp_path):
     Image.new("L", (16, 40)).save(tmp_path / "small.png")
     argv = "test", "--eval", "--image-file", tmp_path / "small.png"
-    assert refused(call(*argv), "small.png", "17 pixels")
+    assert refused(call(*argv), "small.png", "11 x 11 pixels")
 
 
 BICUBIC = {  # PSNR and SSIM as in the paper
