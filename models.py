@@ -165,7 +165,7 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
 
 CPU_TILE = 256  # output pixels per side: the activations of a core then take 20 MB
 GPU_TILE = 1024  # keeps a GPU busy with 0.6 GB of activations
-BAND = 6 << 20  # output pixels that are upscaled at once: 0.2 GB of planes
+BAND = 3 << 20  # output pixels that are upscaled at once: 0.1 GB of planes
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -191,7 +191,9 @@ def pick_device(name: str | None = None) -> torch.device:
     return device
 
 
-def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.ndarray:
+def restore(
+    model: nn.Module, ilr: np.ndarray, tile: int | None = None, discard: tuple[int, int] = (0, 0)
+) -> np.ndarray:
     """Apply the network to a whole image in tiles that overlap by its halo.
 
     The result differs from that of a single pass by less than 1e-3 grey levels. On a CPU each
@@ -201,6 +203,8 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
         model: SRCNN or SelfEnsemble.
         ilr: H x W, or C x H x W for a network of C channels, float32, 0..255.
         tile: output pixels per side; None selects a fast size for the network's device.
+        discard: rows at the top and at the bottom that the caller discards; they are not
+            computed.
 
     Returns:
         The SR image, float32, of the same shape, neither rounded nor clipped.
@@ -214,11 +218,11 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
         raise InputError(f"image has {len(planes)} channels, the network {model.num_channels}")
     on_cpu, threads = parameter.device.type == "cpu", torch.get_num_threads()
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
-    sr = np.empty_like(planes)
-    _, rows, columns = planes.shape
+    sr = planes.copy()
+    top, bottom, columns = discard[0], planes.shape[1] - discard[1], planes.shape[2]
     tile = tile or (CPU_TILE if on_cpu else GPU_TILE)
     # Tiles of equal size, of at most `tile` pixels per side.
-    height, width = (math.ceil(n / math.ceil(n / tile)) for n in (rows, columns))
+    height, width = (math.ceil(n / math.ceil(n / tile)) for n in (bottom - top, columns))
 
     @torch.inference_mode()
     def restore_tile(corner: tuple[int, int]) -> None:
@@ -229,7 +233,7 @@ def restore(model: nn.Module, ilr: np.ndarray, tile: int | None = None) -> np.nd
         output = predict(model, batch.contiguous(memory_format=torch.channels_last))[0]
         sr[:, y : y + height, x : x + width] = (output.float() * 255).cpu().numpy()
 
-    corners = itertools.product(range(0, rows, height), range(0, columns, width))
+    corners = itertools.product(range(top, bottom, height), range(0, columns, width))
     workers = threads if on_cpu else 1
     with (
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -350,8 +354,9 @@ def upscale(
         lr = np.concatenate([rgb_to_ycbcr(lr[:3]), lr[3:]])
         num_colours = 1  # that the network restores
     steps = back_projection_steps(model, back_projection)
-    # LR rows that an output row depends on: by the network, bicubic, and back-projection.
-    margin = math.ceil(model.halo / scale) + 2 + 4 * steps
+    # LR rows that an output row depends on: by the network and bicubic, and by back-projection.
+    network_margin = math.ceil(model.halo / scale) + 2
+    margin = network_margin + 4 * steps
     padding = margin if edges == "wrap" else 0
     if padding:
         lr = np.pad(lr, ((0, 0), (padding, padding), (padding, padding)), mode="wrap")
@@ -362,7 +367,9 @@ def upscale(
         first, last = max(top - margin, 0), min(top + rows + margin, height)
         part = lr[:, first:last]
         sr = resize(part, (scale * part.shape[1], scale * width))
-        restored = restore_colours(model, sr[:num_colours], tile)
+        # Rows of the margin that only serve as the network's input.
+        discard = scale * network_margin * (first > 0), scale * network_margin * (last < height)
+        restored = restore_colours(model, sr[:num_colours], tile, discard)
         sr[:num_colours] = back_project(restored, part[:num_colours], steps)
         sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if luma_only else sr
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
@@ -387,12 +394,14 @@ def check_arguments(image: object, model: object, scale: object) -> int:
     raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
 
 
-def restore_colours(model: nn.Module, ilr: np.ndarray, tile: int | None) -> np.ndarray:
+def restore_colours(
+    model: nn.Module, ilr: np.ndarray, tile: int | None, discard: tuple[int, int]
+) -> np.ndarray:
     """Restore C x H x W; an RGB network gets greyscale three times, and its mean is returned."""
     if len(ilr) == 1 and model.num_channels == 3:
-        rgb = restore(model, np.repeat(ilr, 3, axis=0), tile)
+        rgb = restore(model, np.repeat(ilr, 3, axis=0), tile, discard)
         return rgb.mean(axis=0, keepdims=True)
-    return restore(model, ilr, tile)
+    return restore(model, ilr, tile, discard)
 
 
 # --- ONNX -----------------------------------------------------------------------------------

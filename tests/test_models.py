@@ -277,6 +277,14 @@ def test_tiles_cover_every_pixel_once(weights, monkeypatch):
     assert sum(height * width for height, width in sizes) == 37 * 101
 
 
+def test_discarded_rows_are_not_computed_and_change_no_other_row(weights, monkeypatch):
+    model, ilr = load_srcnn(weights), noise(37, 20)
+    whole, sizes = restore(model, ilr, 16), recorded_sizes(monkeypatch)
+    part = restore(model, ilr, 16, discard=(9, 4))
+    assert np.abs(part - whole)[9:-4].max() < 1e-3
+    assert sum(height * width for height, width in sizes) == (37 - 9 - 4) * 20
+
+
 def test_threads_share_the_tiles_and_their_number_remains(weights):
     model, ilr = load_srcnn(weights), noise(40, 40)
     torch.set_num_threads(1)
