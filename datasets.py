@@ -217,8 +217,10 @@ class Batches:
         except RuntimeError as error:
             if "exited unexpectedly" not in str(error):
                 raise
-            hint = "continue with --resume and fewer workers if memory was short"
-            raise DataLoadingError(f"--num-workers: a worker was killed; {hint}") from error
+            raise DataLoadingError(
+                "--num-workers: a worker was killed; continue with --resume and fewer workers if "
+                "memory was short"
+            ) from error
         finally:  # the error's traceback would keep the iterator, and so the workers, alive
             if self.num_workers:
                 iterator._shutdown_workers()

@@ -136,8 +136,10 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
         InputError: missing, truncated, not SRCNN's, not finite, or with other objects than
             tensors and plain values.
     """
-    hint = "it must contain conv1.weight, conv1.bias, ...; train one with train.py"
-    with open_input(path, "SRCNN weights file", hint), warnings.catch_warnings():
+    with (
+        open_input(path, "SRCNN weights file", "pass one with conv1.weight, conv1.bias, ..."),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # an exception follows
         state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("ema", "model", "state_dict"):
@@ -367,7 +369,6 @@ def upscale(
         first, last = max(top - margin, 0), min(top + rows + margin, height)
         part = lr[:, first:last]
         sr = resize(part, (scale * part.shape[1], scale * width))
-        # Rows of the margin that only serve as the network's input.
         discard = scale * network_margin * (first > 0), scale * network_margin * (last < height)
         restored = restore_colours(model, sr[:num_colours], tile, discard)
         sr[:num_colours] = back_project(restored, part[:num_colours], steps)

@@ -788,24 +788,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=number(float, 1e-3), help="length in minutes instead")
     add("--optimizer", choices=tuple(LEARNING_RATES), default="adam", help="(default: adam)")
     add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
-    add(
-        "--last-layer-lr",
-        type=number(float, 0),
-        default=0.1,
-        help="learning rate of the last layer, as a factor of --lr (default: the paper's 0.1)",
-    )
+    add("--last-layer-lr", type=number(float, 0), default=0.1, help="factor of --lr (default: 0.1)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
     add(
         "--ema", type=number(float, 0, 1), default=0.999, help="EMA decay of the weights; 0: no EMA"
     )
-    add(
-        "--symmetry",
-        type=int,
-        choices=(1, NUM_ROTATIONS),
-        default=1,
-        help="4: filters tied under 90-degree rotations; 1: free filters (default)",
-    )
+    add("--symmetry", type=int, choices=(1, 4), default=1, help="4: tie filters under rotations")
     add(
         "--bf16",
         type=number(float, 0, 1.01),
@@ -818,23 +807,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     add("--filters", type=number(int, 1, 4097), nargs="+", default=[64, 32], metavar="N")
     add("--kernel-sizes", type=number(int, 1, 100), nargs="+", default=[9, 5, 5], metavar="K")
-    add(
-        "--init",
-        default="identity",
-        metavar="NAME|FILE",
-        help=f"{', '.join(INITS)}, or a weights file to fine-tune (default: identity)",
-    )
+    add("--init", default="identity", help=f"{', '.join(INITS)}, or a weights file to fine-tune")
 
     add = parser.add_argument_group("output").add_argument
     add("--outputs-dir", default="outputs", help="(default: outputs)")
     add("--resume", nargs="?", const="", metavar="FILE", help="continue the run of a last.pth")
     add("--auto-resume", action="store_true", help="resume outputs-dir/xS/last.pth if it exists")
-    add(
-        "--eval-every",
-        type=number(int, 1),
-        metavar="N",
-        help="steps between evaluations (default: an epoch, or a 20th of the run)",
-    )
+    add("--eval-every", type=number(int, 1), metavar="N", help="steps between evaluations")
     add("--save-every", type=number(int, 0), default=0, metavar="N", help="also keep epoch_N.pth")
     add("--tensorboard", action="store_true", help="also write TensorBoard files")
 
