@@ -8,6 +8,7 @@ name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, s
 work=${2:-weights/work}
 scale=${name##*_x}
 network=${name%_x*}
+case $scale in 2 | 3 | 4) ;; *) echo "$name: must end in _x2, _x3 or _x4" >&2; exit 2 ;; esac
 mkdir -p "$work"
 
 h5() { # h5 NAME SCALE FLAGS...: the patches of T91
