@@ -219,7 +219,9 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
         extension = f".{args.ext.lstrip('.')}" if args.ext else ".png"
         output = Path(args.output or "")
         is_file = output.suffix and not output.is_dir() and not args.output.endswith(("/", os.sep))
-        if is_file and (len(images) > 1 or (args.ext and output.suffix != extension)):
+        if is_file and (
+            len(images) > 1 or (args.ext and output.suffix.lower() != extension.lower())
+        ):
             raise InputError(f"--output {output}: names one file in one format; name a folder")
         # Without --output the results lie beside the images.
         stems = unique_stems(images if args.output else {path: path for path in images})

@@ -369,11 +369,12 @@ def open_image(path: str | Path) -> Image.Image:
         ignored_bands = tags.get(Tag.SamplesPerPixel, 1) - len(image.getbands())
         if ignored_bands > 0:
             notes.append(f"{count_of(ignored_bands, 'further band')} ignored")
+        orientation = tags.get(Tag.Orientation)
+        image.load()  # rotates a TIFF; before getexif, which decodes a PNG and hides its errors
         exif = Image.Exif()
         with suppress(Exception):  # damaged EXIF does not make an image unusable
             exif = image.getexif()
-        orientation = exif.get(Tag.Orientation)
-        image.load()
+        orientation = orientation or exif.get(Tag.Orientation)
         # PNG text chunks share a dictionary with properties; a text named "dpi" is no dpi.
         image.info = {k: v for k, v in image.info.items() if not isinstance(v, str)}
         image.info.pop("exif", None)  # exif_transpose cannot write all EXIF that Pillow reads

@@ -6,6 +6,7 @@ Values are compared with the arrays that the files were made from, and with thos
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,24 @@ def test_16_bit_colour_is_read_as_8_bits_with_one_line(read, upscaled, name):
     if name == "a.png":  # these weights have the range of 8 bits
         rgb = ROOT / "weights" / "srcnn_rgb_x2.pth"
         assert one_line(upscaled(name, "--weights-file", rgb)[1], name, "16-bit")
+
+
+@pytest.mark.parametrize("damage", ["an inverted byte", "truncated"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
+def test_damaged_pixels_are_refused_as_pillow_refuses_them(call, photo, suffix, damage):
+    path = Path(f"a.{suffix}")
+    Image.fromarray(photo).save(path)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    with suppress(Exception):
+        Image.open(path).load()
+        return  # Pillow decodes it
+    assert refused(call("test", path, "--scale", 2), path.name)
+    assert not Path("a_srcnn_x2.png").exists()
 
 
 def test_16_bit_ppm_is_read_as_8_bits_with_one_line(read):
