@@ -18,6 +18,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -87,9 +88,14 @@ def upscale_file(
     target = outputs["tiff"] if is_32_bit and "tiff" in outputs else outputs["result"]
     properties = metadata(image, planes.mode, target)
     # A format that cannot store the result is refused before the work begins.
-    strip = encode(Image.new(planes.mode, (max(size), 16)), target, properties)
-    if planes.mode[0] in "IF" and Image.open(io.BytesIO(strip)).mode[0] not in "IF":
-        raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
+    strip = Image.new(planes.mode, (max(size), 16))
+    with suppress(PIL.UnidentifiedImageError):  # PDF and others, which Pillow only writes
+        stored = Image.open(io.BytesIO(encode(strip, target, properties)))
+        if planes.mode[0] in "IF" and stored.mode[0] not in "IF":
+            raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
+        loses_alpha = planes.alpha is not None and not stored.has_transparency_data
+        if stored.size != strip.size or loses_alpha:
+            raise InputError(f"{target}: cannot store this size or transparency; use .png")
     steps = back_projection_steps(model, args.back_projection)
     result = upscale(planes, model, scale, steps, edges=args.tile_edges)
     if result.size != size:

@@ -831,6 +831,15 @@ def test_output_without_extension_is_a_folder(call, photo_path, tmp_path):
     assert sorted(tree(output)) == ["photo.v1_srcnn_x3.png"]
 
 
+@pytest.mark.parametrize("ext", ["bmp", "ppm", "ico", "jpg"])
+def test_format_that_would_lose_transparency_or_the_size_is_refused(call, tmp_path, photo, ext):
+    rgba = np.dstack([photo[:40, :50], np.full((40, 50), 128, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    result = call("test", tmp_path / "a.png", "--ext", ext, "--output", tmp_path / "out")
+    assert refused(result, f"a_srcnn_x3.{ext}", "cannot store", "use .png")
+    assert not (tmp_path / "out").exists()
+
+
 def test_format_that_cannot_store_the_mode_is_refused(call, tmp_path):
     Image.new("RGBA", (20, 20)).save(tmp_path / "rgba.png")
     Image.fromarray(noise(20, 20)).save(tmp_path / "float.tif")
