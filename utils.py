@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -441,9 +442,14 @@ def jpeg_quality(image: Image.Image) -> int | None:
     """
     if image.format not in ("JPEG", "MPO"):
         return None
+    return int(np.abs(libjpeg_table_sums() - sum(image.quantization[0])).argmin()) + 1
+
+
+@cache  # a hundred encodings: once per run, not for each file
+def libjpeg_table_sums() -> np.ndarray:
+    """Return the sums of libjpeg's luma tables of qualities 1..100."""
     flat = Image.new("L", (8, 8))
-    sums = [sum(encode_jpeg(flat, quality).quantization[0]) for quality in range(1, 101)]
-    return int(np.abs(np.array(sums) - sum(image.quantization[0])).argmin()) + 1
+    return np.array([sum(encode_jpeg(flat, q).quantization[0]) for q in range(1, 101)])
 
 
 def portable_exif(exif: Image.Exif) -> bytes:
