@@ -487,17 +487,15 @@ def load_data(
         data["eval"] += [*(list(pair.hr.shape) for pair in file_pairs), attributes]
         pairs += file_pairs
     # An infinite PSNR, as of an image of one colour, would hide the scores of the others.
-    measured = [p for p in pairs if min(p.hr.shape[-2:]) > 2 * args.scale]
-    measured = [p for p in measured if bicubic_psnr([p], args.scale) < math.inf]
+    large = [p for p in pairs if min(p.hr.shape[-2:]) > 2 * args.scale]
+    scores = [protocol_psnr(p.ilr, p.hr, args.scale, p.quantum) for p in large]
+    measured = [p for p, psnr in zip(large, scores) if psnr < math.inf]
     if pairs and not measured:
         raise InputError("--eval-file: images are too small, or bicubic's PSNR is infinite")
     data["num_ignored"] = len(pairs) - len(measured)
+    if measured:
+        data["bicubic_psnr"] = fmean(psnr for psnr in scores if psnr < math.inf)
     return batches, measured, data
-
-
-def bicubic_psnr(pairs: list[Pair], scale: int) -> float:
-    """Return the mean PSNR in dB of the network's input."""
-    return fmean(protocol_psnr(pair.ilr, pair.hr, scale, pair.quantum) for pair in pairs)
 
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
@@ -608,7 +606,7 @@ class RunFolder:
             f"{patches.nbytes / 1e6:,.0f} MB {'from disk' if batches.stream else 'in memory'}"
         )
         if pairs:
-            self.baseline = f"bicubic {bicubic_psnr(pairs, args.scale):.2f} dB"
+            self.baseline = f"bicubic {state.data['bicubic_psnr']:.2f} dB"
         self.print(f"evaluation  {count_of(len(pairs), 'image')}, {self.baseline}")
         if state.data["num_ignored"]:
             ignored = count_of(state.data["num_ignored"], "image")
