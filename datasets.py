@@ -36,9 +36,9 @@ def read_layout(file: h5py.File, is_eval: bool, scale: int | None) -> dict:
     if scale is not None and file_scale != scale:
         raise InputError(f"was made for --scale {file_scale}, not {scale}; change one of them")
     hr = file["hr"]
-    # A sample of 256 patches is enough to recognise values in 0..1.
-    samples = hr.values() if is_eval else [hr[:: max(1, len(hr) // 256)]]
-    if 0 < max((np.max(values) for values in samples if values.size), default=0) <= 1:
+    # 256 patches are enough to recognise values in 0..1.
+    arrays = hr.values() if is_eval else [hr[:: max(1, len(hr) // 256)]]
+    if 0 < max((np.max(array) for array in arrays if array.size), default=0) <= 1:
         raise InputError(f"contains values in 0..1 instead of 0..255; {HINT}")
     return {name: np.asarray(value).tolist() for name, value in file.attrs.items()}
 
@@ -94,7 +94,7 @@ class H5Patches(Dataset):
                     raise InputError(f"has patches of {shapes[-1]}, not {shapes[0]}; use one kind")
                 self.starts.append(self.starts[-1] + ilr[0])
             check_compatible(path, attributes, self.attributes)
-            self.attributes = attributes | self.attributes
+            self.attributes = attributes | self.attributes  # the first file's, where they differ
         self.patch_shape = shapes[0]
 
     def __len__(self) -> int:
@@ -184,9 +184,10 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         shape = len(self), self.batch_size
         order = torch.randperm(len(self.patches), generator=generator)
-        order = order[: math.prod(shape)].view(shape)[first:, self.rank_slice]
-        transforms = torch.randint(8, shape, generator=generator)[first:, self.rank_slice]
-        transforms = transforms.to(self.device)
+        order = order[: math.prod(shape)].view(shape)
+        transforms = torch.randint(8, shape, generator=generator)
+        order = order[first:, self.rank_slice]
+        transforms = transforms[first:, self.rank_slice].to(self.device)
         pairs = self._from_disk(order) if self.stream else self._from_memory(order)
         for (ilr, hr), transform in zip(pairs, transforms):
             yield self._transform(ilr, transform, 0), self._transform(hr, transform, self.crop)

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import decode, fill_transparent, InputError, open_input, optional_import, Planes
+from utils import decode, fill_transparent, InputError, open_input, Planes
 from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
@@ -149,8 +148,6 @@ def load_srcnn(path: str | Path, device: str | torch.device = "cpu") -> SRCNN:
         # DataParallel saves names with a prefix.
         state = {re.sub(r"^module\.", "", name): w for name, w in state.items()}
         weights = [state[f"conv{i + 1}.weight"] for i in range(max(2, len(state) // 2))]
-        if not all(w.is_floating_point() for w in state.values()):
-            raise TypeError("weights are not real numbers")
         model = SRCNN(
             num_channels=weights[0].shape[1],
             filters=[w.shape[0] for w in weights[:-1]],
@@ -171,10 +168,10 @@ BAND = 3 << 20  # output pixels that are upscaled at once: 0.1 GB of planes
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device; by default this process's GPU, or the CPU where there is none.
+    """Return the named device; by default cuda, or cpu where there is no GPU.
 
     Args:
-        name: cpu, cuda (this process's GPU), cuda:1, mps, or None.
+        name: cpu, cuda, cuda:1, mps, or None. Among torchrun's processes cuda is cuda:LOCAL_RANK.
 
     Raises:
         InputError: no such device.
@@ -220,7 +217,7 @@ def restore(
         raise InputError(f"image has {len(planes)} channels, the network {model.num_channels}")
     on_cpu, threads = parameter.device.type == "cpu", torch.get_num_threads()
     padded = np.pad(planes, ((0, 0), (halo, halo), (halo, halo)), mode="edge")
-    sr = planes.copy()
+    sr = planes.copy()  # discarded rows keep the input
     top, bottom, columns = discard[0], planes.shape[1] - discard[1], planes.shape[2]
     tile = tile or (CPU_TILE if on_cpu else GPU_TILE)
     # Tiles of equal size, of at most `tile` pixels per side.
@@ -324,8 +321,6 @@ def upscale(
     model: nn.Module,
     scale: int,
     back_projection: int | None = None,
-    tile: int | None = None,
-    band: int = BAND,
     edges: str = "edge",
 ) -> Image.Image:
     """Upscale an image; greyscale and 16-bit greyscale are preserved.
@@ -338,7 +333,6 @@ def upscale(
         model: what load_srcnn returns, or SelfEnsemble.
         scale: a whole number.
         back_projection: steps, see `back_project`; None: see back_projection_steps.
-        tile, band: output pixels per side, and in memory at once; they change no result.
         edges: "edge", or "wrap" for seamless textures, which then stay seamless.
 
     Raises:
@@ -359,24 +353,23 @@ def upscale(
     # LR rows that an output row depends on: by the network and bicubic, and by back-projection.
     network_margin = math.ceil(model.halo / scale) + 2
     margin = network_margin + 4 * steps
-    padding = margin if edges == "wrap" else 0
-    if padding:
-        lr = np.pad(lr, ((0, 0), (padding, padding), (padding, padding)), mode="wrap")
+    if edges == "wrap":
+        lr = np.pad(lr, ((0, 0), (margin, margin), (margin, margin)), mode="wrap")
     height, width = lr.shape[1:]
-    rows = max(1, band // (scale * scale * width))
+    rows = max(1, BAND // (scale * scale * width))
     result = Image.new(planes.mode, (scale * width, scale * height))
     for top in tqdm(range(0, height, rows), "bands", delay=1, leave=False, disable=None):
         first, last = max(top - margin, 0), min(top + rows + margin, height)
-        part = lr[:, first:last]
-        sr = resize(part, (scale * part.shape[1], scale * width))
+        band = lr[:, first:last]
+        sr = resize(band, (scale * band.shape[1], scale * width))
         discard = scale * network_margin * (first > 0), scale * network_margin * (last < height)
-        restored = restore_colours(model, sr[:num_colours], tile, discard)
-        sr[:num_colours] = back_project(restored, part[:num_colours], steps)
+        restored = restore_colours(model, sr[:num_colours], discard)
+        sr[:num_colours] = back_project(restored, band[:num_colours], steps)
         sr = np.concatenate([ycbcr_to_rgb(sr[:3]), sr[3:]]) if luma_only else sr
         sr = sr[:, scale * (top - first) :][:, : scale * rows]
         result.paste(planes.to_image(sr), (0, scale * top))
-    if padding:
-        border = scale * padding
+    if edges == "wrap":
+        border = scale * margin
         result = result.crop((border, border, result.width - border, result.height - border))
     return result
 
@@ -389,20 +382,17 @@ def check_arguments(image: object, model: object, scale: object) -> int:
         raise TypeError(f"model: must be a network, not {model!r}; load it with load_srcnn")
     if model.num_channels not in (1, 3):
         raise InputError(f"model: is for {model.num_channels} channels; images have 1 or 3")
-    with suppress(TypeError, ValueError, OverflowError):
-        if int(scale) == scale >= 1:
-            return int(scale)
-    raise InputError(f"scale: must be a whole number of at least 1, not {scale!r}")
+    if scale not in range(1, 65):
+        raise InputError(f"scale: must be a whole number from 1 to 64, not {scale!r}")
+    return int(scale)
 
 
-def restore_colours(
-    model: nn.Module, ilr: np.ndarray, tile: int | None, discard: tuple[int, int]
-) -> np.ndarray:
+def restore_colours(model: nn.Module, ilr: np.ndarray, discard: tuple[int, int]) -> np.ndarray:
     """Restore C x H x W; an RGB network gets greyscale three times, and its mean is returned."""
     if len(ilr) == 1 and model.num_channels == 3:
-        rgb = restore(model, np.repeat(ilr, 3, axis=0), tile, discard)
+        rgb = restore(model, np.repeat(ilr, 3, axis=0), discard=discard)
         return rgb.mean(axis=0, keepdims=True)
-    return restore(model, ilr, tile, discard)
+    return restore(model, ilr, discard=discard)
 
 
 # --- ONNX -----------------------------------------------------------------------------------
@@ -415,12 +405,12 @@ def to_onnx(model: SRCNN, scale: int) -> bytes:
     file's metadata describes them.
 
     Raises:
-        InputError: the package onnx is not installed.
+        ImportError: the package onnx is not installed.
     """
-    with optional_import("onnx", "--export"):
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-    pads = np.array(2 * [0, 0, model.halo, model.halo])
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    pads = np.array(2 * [0, 0, model.halo, model.halo], np.int64)
     tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}
     nodes = [helper.make_node("Pad", ["ilr", "pads"], ["x0"], mode="edge")]
     for i, layer in enumerate(model.layers, 1):

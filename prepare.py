@@ -14,12 +14,10 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,7 +62,7 @@ def make_pairs(
                 quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1)) if args.jpeg else None
                 pair = make_pair(copy, lr_image, args.scale, args.num_channels, args.range, quality)
                 pair.name = name
-                yield path, pair
+                yield path if factor == 1 else f"{path} ({factor:g} of its size)", pair
 
 
 # --- synthetic images -----------------------------------------------------------------------
@@ -138,46 +136,40 @@ class DeferredErrors(io.FileIO):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.errors: list[OSError] = []
-        self.signals: list[int] = []
-        set_signal_handlers(lambda signum, frame: self.signals.append(signum))
+        self.error, self.signum = None, 0
+        set_signal_handlers(self.remember)
         super().__init__(path, "w+")
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.errors.append(error)
+    def remember(self, signum: int, frame: object) -> None:
+        self.signum = self.signum or signum
 
     def write(self, data: memoryview) -> None:
-        with self.deferred():
+        try:
             while len(data):
                 data = data[super().write(data) :]
+        except OSError as error:
+            self.error = self.error or error
 
     def truncate(self, size: int | None = None) -> None:
-        with self.deferred():
+        try:
             super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
 
     def check(self) -> None:
         """Raise the exception of the first signal, or the first error."""
-        if self.signals:
-            raise_exit(self.signals[0], None)
-        if self.errors:
-            raise self.errors[0]
+        if self.signum:
+            raise_exit(self.signum, None)
+        if self.error:
+            raise self.error
 
 
-def write_h5(
-    path: str | Path,
-    pairs: Iterable[tuple[object, Pair]],
-    append: Callable[[h5py.File, Pair], int],
-    attributes: dict,
-) -> int:
+def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes: dict) -> int:
     """Write pairs one by one, so that memory use is constant; report and skip those too small.
 
     Args:
         path: a temporary path of atomic_path.
-        append: append_image, or append_patches with its size and stride.
+        attributes: of the file; with "patch_size" and "stride" it has patches, else whole images.
 
     Returns:
         The number of patches or images; 0 if no image is large enough, and then no attributes.
@@ -185,19 +177,26 @@ def write_h5(
     Raises:
         InputError: images of different value ranges or bit depths.
     """
-    count, source = 0, None
+    count, file_source = 0, None
     with DeferredErrors(path) as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
-                added = append(file, pair)
+                if "patch_size" in attributes:
+                    size, stride = attributes["patch_size"], attributes["stride"]
+                    added = append_patches(file, pair, size, stride)
+                else:
+                    added = append_image(file, pair)
                 target.check()
                 if not added:
                     print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
-                if source not in (None, pair.source):
-                    raise InputError(f"{name}: is {pair.source}, the images before it {source}")
-                count, source, quantum = count + added, pair.source, pair.quantum
+                    continue
+                if file_source not in (None, pair.source):
+                    raise InputError(
+                        f"{name}: is {pair.source}, the images before it {file_source}"
+                    )
+                count, file_source, quantum = count + added, pair.source, pair.quantum
             if count:  # "rounding" is the quantum to which train.py rounds before it measures PSNR
-                file.attrs.update(attributes | source | {"rounding": quantum})
+                file.attrs.update(attributes | file_source | {"rounding": quantum})
         set_signal_handlers(raise_exit)
         target.check()
     return count
@@ -223,10 +222,10 @@ SOURCES = (
 )
 
 
-def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
+def missing_files(folder: Path) -> dict[str, str]:
     """Return {name: SHA-256} of the files of sha256sum's manifest that are missing or damaged."""
     missing = {}
-    for line in manifest.read_text().splitlines():
+    for line in MANIFEST.read_text().splitlines():
         digest, name = line.split(maxsplit=1)
         path = folder / name
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
@@ -234,19 +233,18 @@ def missing_files(folder: Path, manifest: Path) -> dict[str, str]:
     return missing
 
 
-@contextmanager
-def open_source(source: str) -> Iterator[BinaryIO | str]:
-    """Yield the path of a local archive, or a temporary file with the download of a URL."""
+def read_archive(source: str) -> BinaryIO:
+    """Return the content of a local file or of a URL; an archive has some tens of MB."""
     if not source.startswith("http"):
         if not Path(source).is_file():  # zipfile would wait for a FIFO
             raise OSError("no such zip file")
-        yield source
-        return
-    with urllib.request.urlopen(source, timeout=30) as response, tempfile.TemporaryFile() as file:
+        return io.BytesIO(Path(source).read_bytes())
+    content = io.BytesIO()
+    with urllib.request.urlopen(source, timeout=30) as response:
         name, total = Path(source).name, response.length
         with tqdm.wrapattr(response, "read", total, desc=name, disable=None) as body:
-            shutil.copyfileobj(body, file)
-        yield file
+            shutil.copyfileobj(body, content)
+    return content
 
 
 def extract(source: str, folder: Path, missing: dict[str, str]) -> None:
@@ -255,7 +253,7 @@ def extract(source: str, folder: Path, missing: dict[str, str]) -> None:
     They are found by content. The names in the archive, which might lead out of `folder`, are
     never used.
     """
-    with open_source(source) as file, zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(read_archive(source)) as archive:
         for entry in archive.infolist():
             content = archive.read(entry)
             digest = hashlib.sha256(content).hexdigest()
@@ -264,19 +262,14 @@ def extract(source: str, folder: Path, missing: dict[str, str]) -> None:
                     write_file(folder / name, content)
 
 
-def download(
-    folder: Path,
-    archive: str | None = None,
-    sources: Sequence[str] = SOURCES,
-    manifest: Path = MANIFEST,
-) -> None:
+def download(folder: Path, archive: str | None = None) -> None:
     """Create folder/T91, folder/Set5 and folder/Set14 from an archive or the first good source.
 
     Raises:
         InputError: files are missing afterwards.
     """
-    missing, problem = missing_files(folder, manifest), ""
-    for source in [archive] if archive else sources:
+    missing, problem = missing_files(folder), ""
+    for source in [archive] if archive else SOURCES:
         if not missing:
             break
         if problem:
@@ -285,7 +278,7 @@ def download(
             extract(source, folder, missing)
         except Exception as error:  # no connection, an interrupted one, a damaged archive
             problem = f"{source}: {error}"
-        missing = missing_files(folder, manifest)
+        missing = missing_files(folder)
     if missing:
         raise InputError(
             f"{problem or archive or folder}: {len(missing)} files are missing "
@@ -392,12 +385,11 @@ def main(args: argparse.Namespace) -> int:
             pairs = make_pairs(args, job_images, lr_paths, factors, failed)
             total = len(job_images) * (1 + len(factors))
             pairs = tqdm(pairs, "images", total, leave=False, disable=None)
-            append, attributes = append_image, dict(common)
+            attributes = dict(common)
             if not is_eval:
-                append = partial(append_patches, size=args.patch_size, stride=args.stride)
                 attributes |= {"patch_size": args.patch_size, "stride": args.stride}
             partial_path = files.enter_context(atomic_path(path))
-            count = write_h5(partial_path, pairs, append, attributes)
+            count = write_h5(partial_path, pairs, attributes)
             if not count and failed:
                 raise SystemExit(2)  # the error of each image has been printed
             if not count:

@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parent
 # Files in weights/.
 NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}
 NETWORKS |= {"photo": "srcnn_photo", "photo-luma": "srcnn_photo-luma"}
-# Columns and labels that no folder of --results may have.
-METHODS = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
+# Columns and labels in tables and images, which no folder of --results may have.
+RESERVED_NAMES = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 
@@ -88,13 +88,13 @@ def upscale_file(
     target = outputs["tiff"] if is_32_bit and "tiff" in outputs else outputs["result"]
     properties = metadata(image, planes.mode, target)
     # A format that cannot store the result is refused before the work begins.
-    strip = Image.new(planes.mode, (max(size), 16))
+    probe = Image.new(planes.mode, (max(size), 16))
     with suppress(PIL.UnidentifiedImageError):  # PDF and others, which Pillow only writes
-        stored = Image.open(io.BytesIO(encode(strip, target, properties)))
+        stored = Image.open(io.BytesIO(encode(probe, target, properties)))
         if planes.mode[0] in "IF" and stored.mode[0] not in "IF":
             raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
         loses_alpha = planes.alpha is not None and not stored.has_transparency_data
-        if stored.size != strip.size or loses_alpha:
+        if stored.size != probe.size or loses_alpha:
             raise InputError(f"{target}: cannot store this size or transparency; use .png")
     steps = back_projection_steps(model, args.back_projection)
     result = upscale(planes, model, scale, steps, edges=args.tile_edges)
@@ -116,24 +116,27 @@ def evaluate_files(args: argparse.Namespace) -> int:
     if args.lr_dir:
         lr_paths = match_images(args.images, args.lr_dir, args.scale)
         images = {path: relative for path, relative in images.items() if path in lr_paths}
-    results = {folder: match_images(args.images, [folder], args.scale) for folder in args.results}
-    names = [Path(folder).resolve().name for folder in results]
-    if len(set(names)) < len(names) or set(names) & set(METHODS):
-        names = [f"{folder}/" for folder in results]
+    results = {}
+    for folder in args.results:
+        results[folder] = match_images(args.images, [folder], args.scale, among=images)
+        images = {path: relative for path, relative in images.items() if path in results[folder]}
+    methods = [Path(folder).resolve().name for folder in results]
+    if len(set(methods)) < len(methods) or set(methods) & set(RESERVED_NAMES):
+        methods = [f"{folder}/" for folder in results]
     outputs = plan_outputs(images, args)
     networks, entries, failed, rows = {}, [], [], []
     model, _ = load_network(args, args.scale, networks)
-    for path, name in tqdm(images.items(), "files", leave=False, disable=None):
+    for path, relative in tqdm(images.items(), "files", leave=False, disable=None):
         with report_errors(path, failed):
             lr_path = only_match(path, lr_paths[path], "--lr-dir") if args.lr_dir else None
-            for pair, colour_pair in read_pairs(path, lr_path, name.as_posix(), model, args):
+            for pair in read_pairs(path, lr_path, relative.as_posix(), model, args):
                 sr_images = restore_pair(model, pair, args)
-                for folder, method in zip(results, names):
+                for folder, method in zip(results, methods):
                     match = only_match(path, results[folder][path], f"--results {folder}")
                     sr_images[method] = read_result(match, pair, model, args)
                 rows.append(score(pair, sr_images, args))
                 if args.save_images or args.report:
-                    visuals = pair_visuals(pair, colour_pair, sr_images)
+                    visuals = pair_visuals(pair, sr_images)
                     write_visuals(visuals, pair.name, outputs[path], entries, args, rows[-1])
     if rows:
         print_scores(rows, args)
@@ -214,13 +217,13 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
         For each image the "result" (and as "tiff" its name for values that PNG cannot store),
         and "comparison", "bicubic" and "srcnn" of --save-images.
     """
-    size = f"w{args.width}" if args.width else f"h{args.height}" if args.height else None
-    size = size or f"x{args.outscale or args.scale:g}"
+    size_suffix = f"w{args.width}" if args.width else f"h{args.height}" if args.height else None
+    size_suffix = size_suffix or f"x{args.outscale or args.scale:g}"
     outputs: dict[Path, dict[str, Path]] = {path: {} for path in images}
     if args.save_images:
         for path, stem in unique_stems(images).items():
             for method in ("bicubic", "srcnn", "comparison") if args.eval else ("comparison",):
-                outputs[path][method] = Path(args.save_images, f"{stem}_{method}_{size}.png")
+                outputs[path][method] = Path(args.save_images, f"{stem}_{method}_{size_suffix}.png")
     if not args.eval:
         extension = f".{args.ext.lstrip('.')}" if args.ext else ".png"
         output = Path(args.output or "")
@@ -232,14 +235,14 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
         # Without --output the results lie beside the images.
         stems = unique_stems(images if args.output else {path: path for path in images})
         for path, stem in stems.items():
-            result = output if is_file else output / f"{stem}_srcnn_{size}{extension}"
+            result = output if is_file else output / f"{stem}_srcnn_{size_suffix}{extension}"
             outputs[path]["result"] = result
             if not is_file and not args.ext:
                 outputs[path]["tiff"] = result.with_suffix(".tif")
     planned = [(path, p) for path, paths in outputs.items() for p in paths.values()]
     planned += [(f, p) for f, p in (("--csv", args.csv), ("--report", args.report)) if p]
     weights = [args.weights_file] if args.weights_file else (ROOT / "weights").glob("*.pth")
-    compared = find_images([*(args.lr_dir or []), *args.results], results=True)
+    compared = find_images([*(args.lr_dir or []), *args.results], include_results=True)
     check_outputs(planned, [*images, *weights, *compared])
     return outputs
 
@@ -301,7 +304,8 @@ def target_size(image: Image.Image, args: argparse.Namespace) -> tuple[tuple[int
     scale = args.scale or min(max(2, math.ceil(factor)), 4)
     if factor > scale:
         raise InputError(
-            f"--width or --height: is {factor:.4g} times the image's; the limit is --scale {scale}"
+            f"--width, --height: {factor:.4g} times the image's is too much; the limit is that of "
+            f"--scale {scale}"
         )
     return (max(1, round(factor * image.width)), max(1, round(factor * image.height))), scale
 
@@ -328,22 +332,19 @@ def downscale(
 
 def read_pairs(
     path: Path, lr_path: Path | None, name: str, model: nn.Module, args: argparse.Namespace
-) -> list[tuple[Pair, Pair]]:
-    """Return the pair of an image, or those of an evaluation file, each with a pair of colours.
-
-    Both are the same pair, unless a luma network is measured on a colour image that is shown.
-    """
+) -> list[Pair]:
+    """Return the pair of an image, or those of an evaluation file."""
     if h5py.is_hdf5(path):
         if args.save_images or args.results or args.jpeg:
             raise InputError("is an h5 file; --save-images, --results and --jpeg need images")
-        return [(pair, pair) for pair in read_eval_pairs(path, args.scale)[0]]
+        return read_eval_pairs(path, args.scale)[0]
     images = [open_image(path), open_image(lr_path) if lr_path else None]
     flags = value_range(model, args), args.jpeg
-    pair = colour_pair = make_pair(*images, args.scale, model.num_channels, *flags)
-    if pair.num_channels == 1 and not pair.greyscale and (args.save_images or args.report):
-        colour_pair = make_pair(*images, args.scale, 3, *flags)
+    pair = make_pair(*images, args.scale, model.num_channels, *flags)
     pair.name = name
-    return [(pair, colour_pair)]
+    if pair.num_channels == 1 and not pair.greyscale and (args.save_images or args.report):
+        pair.colour = make_pair(*images, args.scale, 3, *flags)
+    return [pair]
 
 
 def read_result(path: Path, pair: Pair, model: nn.Module, args: argparse.Namespace) -> np.ndarray:
@@ -405,8 +406,10 @@ def mean_scores(rows: list[dict]) -> dict:
 def print_scores(rows: list[dict], args: argparse.Namespace) -> None:
     """Print a table of the rows and of their means."""
     means = mean_scores(rows)
-    titles = {c: c.replace("_rgb", " RGB").replace("_psnr", " dB") for c in list(means)[1:]}
-    titles = {c: "SSIM" if c.endswith("_ssim") else title for c, title in titles.items()}
+    titles = {}
+    for column in list(means)[1:]:
+        title = column.replace("_rgb", " RGB").replace("_psnr", " dB")
+        titles[column] = "SSIM" if column.endswith("_ssim") else title
     width = max(5, *(len(row["image"]) for row in rows))
     print("  ".join([f"{f'x{args.scale}':{width}}", *(f"{t:>8}" for t in titles.values())]))
     for row in [*rows, means]:
@@ -414,8 +417,8 @@ def print_scores(rows: list[dict], args: argparse.Namespace) -> None:
         for column, title in titles.items():
             cells.append(f"{row[column]:{max(8, len(title))}.{4 if title == 'SSIM' else 2}f}")
         print("  ".join(cells))
-    drop = means["srcnn_psnr"] - means.get("upscaled_psnr", math.inf)
-    if drop > 0:
+    if "upscaled_psnr" in means and means["upscaled_psnr"] < means["srcnn_psnr"]:
+        drop = means["srcnn_psnr"] - means["upscaled_psnr"]
         print(
             f"back-projection lowers the PSNR by {drop:.2f} dB; "
             "use --back-projection 0 with these images",
@@ -427,6 +430,7 @@ def print_scores(rows: list[dict], args: argparse.Namespace) -> None:
 
 MAX_REPORT_IMAGES = 60  # that are embedded in a report
 MAX_VISUAL_PIXELS = 700_000  # of larger images, the report and comparisons show a detail
+MAX_VISUAL_SIDE = 8_000  # likewise; WebP stores at most 16,383
 DETAIL = (900, 700)
 
 
@@ -440,21 +444,27 @@ def screen_image(planes: Planes) -> Image.Image:
     return Image.fromarray(np.stack([*colour, *alpha], axis=-1))
 
 
-def pair_visuals(
-    pair: Pair, colour_pair: Pair, sr_images: dict[str, np.ndarray]
-) -> dict[str, Image.Image]:
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an RGB image: invisible pixels have the colour of a white page."""
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def pair_visuals(pair: Pair, sr_images: dict[str, np.ndarray]) -> dict[str, Image.Image]:
     """Return original, bicubic, SRCNN and the results of other programs for the screen.
 
     A luma network's colours are those of bicubic.
     """
     srcnn = sr_images.get("upscaled", sr_images["srcnn"])
     images = {"original": pair.hr, "bicubic": pair.ilr, "SRCNN": srcnn}
-    images |= {name: planes for name, planes in sr_images.items() if name not in METHODS}
+    images |= {name: planes for name, planes in sr_images.items() if name not in RESERVED_NAMES}
     visuals = {}
     for label, planes in images.items():
         shown = luma_of(planes, pair) if pair.greyscale else planes
-        if colour_pair is not pair:
-            colours = colour_pair.hr if label == "original" else colour_pair.ilr
+        if pair.colour:
+            colours = pair.colour.hr if label == "original" else pair.colour.ilr
             shown = ycbcr_to_rgb(np.concatenate([planes[None], rgb_to_ycbcr(colours)[1:]]))
         shown = shown if shown.ndim == 3 else shown[None]
         visuals[label] = screen_image(Planes(shown, None, 0, 255, "RGB"))
@@ -464,7 +474,7 @@ def pair_visuals(
 def most_different(a: Image.Image, b: Image.Image, size: tuple[int, int]) -> tuple:
     """Return the box of a size, at most the image's, where two images differ most."""
     width, height = min(size[0], a.width), min(size[1], a.height)
-    difference = ImageChops.difference(a.convert("L"), b.convert("L"))
+    difference = ImageChops.difference(on_white(a).convert("L"), on_white(b).convert("L"))
     cells = max(1, 2 * a.width // width - 1), max(1, 2 * a.height // height - 1)
     mean = np.asarray(difference.resize(cells, Image.Resampling.BOX))
     row, column = np.unravel_index(mean.argmax(), mean.shape)
@@ -491,7 +501,7 @@ def write_visuals(
             write_file(outputs[method], encode(visuals[label], outputs[method]))
     width, height = visuals["SRCNN"].size
     note = ""
-    if width * height > MAX_VISUAL_PIXELS:
+    if width * height > MAX_VISUAL_PIXELS or max(width, height) > MAX_VISUAL_SIDE:
         box = most_different(visuals["bicubic"], visuals["SRCNN"], DETAIL)
         note = f"detail of {width} x {height} pixels at {box[:2]}, which differs most"
         visuals = {label: image.crop(box) for label, image in visuals.items()}
@@ -512,16 +522,17 @@ def compare_side_by_side(visuals: dict[str, Image.Image], row: dict) -> Image.Im
     width, height = visuals["SRCNN"].size
     detail_size = max(1, width // 4), max(1, height // 4)
     box = most_different(visuals["bicubic"], visuals["SRCNN"], detail_size)
-    strip = Image.new("RGB", (len(visuals) * width, 2 * height + 16), "white")
-    draw = ImageDraw.Draw(strip)
+    canvas = Image.new("RGB", (len(visuals) * width, 2 * height + 16), "white")
+    draw = ImageDraw.Draw(canvas)
     for i, (label, image) in enumerate(visuals.items()):
         method = ("upscaled" if "upscaled_psnr" in row else "srcnn") if label == "SRCNN" else label
         score_db = f" {row[f'{method}_psnr']:.2f} dB" if f"{method}_psnr" in row else ""
         draw.text((i * width + 4, 2), label + score_db, fill="black")
-        strip.paste(image, (i * width, 16))
-        detail = image.crop(box).resize((width, height), Image.Resampling.NEAREST)
-        strip.paste(detail, (i * width, 16 + height))
-    return strip
+        page = on_white(image)
+        canvas.paste(page, (i * width, 16))
+        detail = page.crop(box).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(detail, (i * width, 16 + height))
+    return canvas
 
 
 def write_report(

@@ -31,7 +31,7 @@ from datasets import Batches, DataLoadingError, H5Patches, check_compatible, rea
 from datasets import square_symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, Pair, count_of, expand_patterns, number, open_input
-from utils import optional_import, protocol_psnr, raise_exit, run, set_signal_handlers
+from utils import protocol_psnr, raise_exit, run, set_signal_handlers
 from utils import write_csv, write_file
 
 if dist.is_available():
@@ -55,10 +55,10 @@ def train_one_epoch(
     """Train until the epoch or the run ends, an evaluation is due, or a stop signal arrives."""
     args, steps_left = state.args, len(batches) - state.epoch_step
     epoch_batches = batches.epoch(state.epoch, first=state.epoch_step)
-    hidden = True if state.rank else None  # None: hidden where stderr is no terminal
-    bar = tqdm(epoch_batches, f"epoch {state.epoch}", steps_left, leave=False, disable=hidden)
+    disable = True if state.rank else None  # None: without a terminal only
+    bar = tqdm(epoch_batches, f"epoch {state.epoch}", steps_left, leave=False, disable=disable)
     for ilr, hr in bar:
-        if state.evaluation_due or stop.signum:  # also at once, in a run that stopped before it
+        if state.evaluation_due or stop.signum:  # a run stopped before an evaluation begins with it
             break
         set_learning_rate(state.optimizers, args, state.global_step, state.progress)
         with torch.autocast(ilr.device.type, torch.bfloat16, enabled=state.progress < state.bf16):
@@ -69,8 +69,7 @@ def train_one_epoch(
         state.constrain_gradients()
         for optimizer in state.optimizers:
             optimizer.step()
-        # EMA window: a ninth of the steps so far, at most 1 / (1 - ema).
-        update_ema(state.ema, state.model, max(1 - args.ema, 9 / (9 + state.global_step)))
+        update_ema(state.ema, state.model, args.ema, state.global_step)
         state.count_step(loss.detach())
         if state.global_step % SYNC_EVERY == 0:
             sync_ranks(state, stop)
@@ -78,26 +77,27 @@ def train_one_epoch(
 
 
 def evaluate(model: SRCNN, pairs: list[Pair], scale: int) -> float | None:
-    """Return the mean PSNR in dB by the paper's protocol, None without images."""
+    """Return the mean PSNR in dB by the paper's protocol, None without images.
+
+    An exact result counts as 100 dB: an infinite mean would hide the other images.
+    """
     scores = [protocol_psnr(restore(model, p.ilr), p.hr, scale, p.quantum) for p in pairs]
-    return fmean(scores) if scores else None
+    return fmean(min(100.0, score) for score in scores) if scores else None
 
 
 class TrainingState:
     """The state of a run: model, EMA, optimizers and counters. last.pth contains its state_dict.
 
-    epoch, epoch_step, global_step: the current epoch, its steps done, all steps done.
+    global_step: optimisation steps done.
     seconds: since the start, without the time between a stop and its resumption.
     best, best_psnr: the content of best.pth and its score.
-    loss_sum, loss_steps, max_lr: since the last evaluation.
-    evaluated_step, evaluated_at: step and seconds at the last evaluation.
-    evaluation_seconds: its duration, with the writing of files.
+    loss_sum, max_lr: since the last evaluation.
+    evaluated_step: global_step at the last evaluation.
+    next_evaluation: seconds at the next one, for runs of --minutes.
     """
 
-    SAVED_ATTRIBUTES = (
-        *("epoch", "epoch_step", "global_step", "seconds", "history", "best", "best_psnr"),
-        *("loss_steps", "max_lr", "evaluated_step", "evaluated_at", "evaluation_seconds"),
-    )
+    SAVED_ATTRIBUTES = "global_step", "seconds", "history", "best", "best_psnr", "max_lr"
+    SAVED_ATTRIBUTES += "evaluated_step", "next_evaluation"
 
     def __init__(
         self, args: argparse.Namespace, batches: Batches, data: dict, rank: int, world_size: int
@@ -118,11 +118,10 @@ class TrainingState:
         # The paper's loss, to which its learning rates for SGD belong, sums over the pixels.
         num_outputs = num_channels * (side - 2 * self.model.halo) ** 2
         self.loss_scale = num_outputs if args.optimizer == "sgd" else 1
-        self.epoch, self.epoch_step, self.global_step = 1, 0, 0
-        self.seconds, self.started = 0.0, time.perf_counter()
+        self.global_step, self.seconds, self.started = 0, 0.0, time.perf_counter()
         self.history, self.best, self.best_psnr = [], weights_of(self.ema), None
-        self.loss_sum, self.loss_steps, self.max_lr = torch.zeros((), device=batches.device), 0, 0.0
-        self.evaluated_step, self.evaluated_at, self.evaluation_seconds = 0, 0.0, 0.0
+        self.loss_sum, self.max_lr = torch.zeros((), device=batches.device), 0.0
+        self.evaluated_step, self.next_evaluation = 0, 0.0
 
     def state_dict(self) -> dict:
         """Return the content of last.pth; on a CPU a resumed run continues bit for bit."""
@@ -152,8 +151,19 @@ class TrainingState:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.loss_sum.fill_(state["loss_sum"])
+        # Whether the weights that --init named had identity filters is known only now.
         self.frozen = identity_filters(self.model) if self.args.optimizer == "muon" else []
         self.started = time.perf_counter() - self.seconds
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the next step belongs to, from 1."""
+        return 1 + self.global_step // self.steps_per_epoch
+
+    @property
+    def epoch_step(self) -> int:
+        """The steps done in this epoch."""
+        return self.global_step % self.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
@@ -174,15 +184,10 @@ class TrainingState:
         return timedelta(seconds=round(seconds))
 
     @property
-    def epoch_done(self) -> bool:
-        """Whether all steps of the epoch are done."""
-        return self.epoch_step >= self.steps_per_epoch
-
-    @property
     def evaluation_due(self) -> bool:
         """Whether to evaluate now: at least EVALUATIONS_PER_RUN times, and after each epoch.
 
-        With --minutes the clock decides, so that evaluations take at most a 20th of the time.
+        With --minutes the clock decides, see schedule_evaluation.
         """
         if self.evaluated_step == self.global_step:
             return False
@@ -190,14 +195,20 @@ class TrainingState:
             return True
         if self.args.eval_every:
             return self.global_step % self.args.eval_every == 0
-        if self.args.minutes:
-            interval = max(
-                60 * self.args.minutes / EVALUATIONS_PER_RUN, 20 * self.evaluation_seconds
-            )
-            is_synced = self.epoch_done or self.global_step % SYNC_EVERY == 0
-            return is_synced and self.seconds - self.evaluated_at >= interval
+        if self.args.minutes:  # only at steps where all ranks have the same clock
+            is_synced = self.epoch_step == 0 or self.global_step % SYNC_EVERY == 0
+            return is_synced and self.seconds >= self.next_evaluation
         interval = min(self.steps_per_epoch, math.ceil(self.total_steps / EVALUATIONS_PER_RUN))
-        return self.epoch_done or self.global_step % interval == 0
+        return self.epoch_step == 0 or self.global_step % interval == 0
+
+    def schedule_evaluation(self, duration: float) -> None:
+        """Set the time of the next evaluation, so that evaluations take at most a 20th of all.
+
+        Args:
+            duration: of the last evaluation in seconds.
+        """
+        interval = 60 * (self.args.minutes or 0) / EVALUATIONS_PER_RUN
+        self.next_evaluation = self.seconds + max(interval, 20 * duration)
 
     @property
     def finished(self) -> bool:
@@ -207,7 +218,7 @@ class TrainingState:
     @property
     def mean_loss(self) -> float:
         """The mean loss of the steps since the last evaluation."""
-        return self.loss_sum.item() / max(1, self.loss_steps)
+        return self.loss_sum.item() / max(1, self.global_step - self.evaluated_step)
 
     def constrain_gradients(self) -> None:
         """Keep tied filters tied and identity filters frozen."""
@@ -219,9 +230,8 @@ class TrainingState:
     def count_step(self, loss: torch.Tensor) -> None:
         """Count an optimisation step; several ranks read the clock in sync_ranks instead."""
         self.loss_sum += loss
-        self.loss_steps += 1
         self.max_lr = max(self.max_lr, self.optimizers[0].param_groups[0]["lr"])
-        self.epoch_step, self.global_step = self.epoch_step + 1, self.global_step + 1
+        self.global_step += 1
         if self.world_size == 1:
             self.seconds = time.perf_counter() - self.started
 
@@ -230,14 +240,14 @@ class TrainingState:
 
         Without evaluation images (psnr is None) it always does.
         """
-        self.evaluated_step, self.evaluated_at = self.global_step, self.seconds
+        epoch = math.ceil(self.global_step / self.steps_per_epoch)  # of the last step
         seconds = time.perf_counter() - self.started
-        row = (self.epoch, self.global_step, self.mean_loss, psnr, self.max_lr, seconds)
+        row = (epoch, self.global_step, self.mean_loss, psnr, self.max_lr, seconds)
         self.history.append(dict(zip(COLUMNS, row)))
+        self.evaluated_step, self.max_lr = self.global_step, 0.0
+        self.loss_sum.zero_()
         if psnr is None or psnr > self.best_psnr:
             self.best, self.best_psnr = weights_of(self.ema), psnr
-        self.loss_steps, self.max_lr = 0, 0.0
-        self.loss_sum.zero_()
 
 
 def train(
@@ -250,14 +260,16 @@ def train(
     """Train a network; return the exit status: 0, or 128 + the signal that stopped it."""
     batches, pairs, data = load_data(args, device, rank, world_size)
     if rank > 0:
-        pairs = []  # rank 0 evaluates
-    state = TrainingState(args, batches, data, rank, world_size)
+        pairs = []  # rank 0 evaluates; the others record rows without a PSNR
+    state, stop = TrainingState(args, batches, data, rank, world_size), StopSignal(world_size)
     if checkpoint:
         with open_input(args.resume, "checkpoint", "train again"):
             state.load_state_dict(checkpoint)
     else:
         state.best_psnr = evaluate(state.ema, pairs, args.scale)
-    stop = StopSignal(world_size)
+        sync_ranks(state, stop)  # the other ranks have waited for rank 0
+        duration, state.seconds, state.started = state.seconds, 0.0, time.perf_counter()
+        state.schedule_evaluation(duration)
     output = RunFolder(args) if rank == 0 else NoOutput()
     if checkpoint:
         output.write_derived_files(state)  # in case they were lost
@@ -278,18 +290,15 @@ def train(
             output.save(state)
             output.print(f"stopped; continue with: python train.py --resume {output.path}/last.pth")
             return 128 + stop.signum
-        is_evaluated = state.evaluation_due
-        if is_evaluated:
+        if state.evaluation_due:
+            seconds_before = state.seconds
             state.record(evaluate(state.ema, pairs, args.scale))
-        if state.epoch_done:
-            state.epoch, state.epoch_step = state.epoch + 1, 0
-        output.save(state)
-        sync_ranks(state, stop)  # the other ranks have waited for rank 0
-        if is_evaluated:
-            state.evaluation_seconds = state.seconds - state.evaluated_at
+            sync_ranks(state, stop)
+            state.schedule_evaluation(state.seconds - seconds_before)
+            output.save(state)
             output.print_evaluation(state)
-        if state.finished:
-            output.save(state)  # also with the clock, which decides the end by --minutes
+        elif state.epoch_step == 0:
+            output.save(state)
     output.print_result(state)
     return 0
 
@@ -384,8 +393,12 @@ def set_learning_rate(
 
 
 @torch.no_grad()
-def update_ema(ema: SRCNN, model: SRCNN, weight: float) -> None:
-    """Move the EMA towards the network's weights, without waiting for a GPU."""
+def update_ema(ema: SRCNN, model: SRCNN, decay: float, global_step: int) -> None:
+    """Move the EMA towards the network's weights, without waiting for a GPU.
+
+    Its window is a ninth of the steps so far, at most 1 / (1 - decay).
+    """
+    weight = max(1 - decay, 9 / (9 + global_step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
 
 
@@ -421,7 +434,7 @@ def tied_elements(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]
         For each parameter 4 x numel indices: element i of row g is the one tied to i by g.
     """
     rotations = torch.arange(NUM_ROTATIONS)
-    products = (rotations[:, None] + rotations) % NUM_ROTATIONS  # of rotation g after rotation m
+    products = (rotations[:, None] + rotations) % NUM_ROTATIONS  # [g, h]: rotation h, then g
     # To which channel each rotation moves a channel: of the input, the hidden layers, the output.
     widths = [layer.in_channels for layer in model.layers] + [model.num_channels]
     permutations = [torch.arange(width).repeat(NUM_ROTATIONS, 1) for width in widths]
@@ -434,9 +447,10 @@ def tied_elements(model: SRCNN) -> list[tuple[torch.nn.Parameter, torch.Tensor]]
     for layer, inputs, outputs in zip(model.layers, permutations, permutations[1:]):
         index = torch.arange(layer.weight.numel()).view(layer.weight.shape)
         tables = index.repeat(NUM_ROTATIONS, 1, 1, 1, 1)
-        pixels = square_symmetries(index.shape[-1])[::2]
-        for table, rotated, source, target in zip(tables, pixels, inputs, outputs):
-            table[target[:, None], source] = index.flatten(2)[..., rotated].view(index.shape)
+        pixels = square_symmetries(index.shape[-1])[::2]  # without the flipped ones
+        for table, rotated, moved_inputs, moved_outputs in zip(tables, pixels, inputs, outputs):
+            rotated_index = index.flatten(2)[..., rotated].view(index.shape)
+            table[moved_outputs[:, None], moved_inputs] = rotated_index
         tied.append((layer.weight, tables.flatten(1).to(layer.weight.device)))
         tied.append((layer.bias, outputs.argsort(1).to(layer.bias.device)))
     return tied
@@ -463,10 +477,13 @@ def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Batches, list[Pair], dict]:
     """Return batches, evaluation pairs, and the shapes and attributes of both."""
-    if args.batch_size % world_size:
-        raise InputError(f"--batch-size: must be a multiple of the {world_size} processes")
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand_patterns(args.train_file), args.scale, halo)
+    if args.batch_size % world_size or len(patches) < world_size:
+        raise InputError(
+            f"--batch-size: must be a multiple of the {world_size} processes, which get at least "
+            "a patch each"
+        )
     batches = Batches(
         patches,
         args.batch_size,
@@ -500,8 +517,8 @@ def load_data(
 
 def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
     """Return the network to start from; --init may name a weights file."""
-    from_file = args.init not in INITS and not args.resume  # a checkpoint replaces the weights
-    if from_file:
+    fine_tunes = args.init not in INITS and not args.resume  # a checkpoint has its own weights
+    if fine_tunes:
         model = load_srcnn(args.init)
         shape = [model.num_channels, model.filters, model.kernel_sizes]
         if shape != [num_channels, args.filters, args.kernel_sizes]:
@@ -519,14 +536,14 @@ def initial_model(args: argparse.Namespace, num_channels: int) -> SRCNN:
         for layer in model.layers[:-1]:
             layer.weight.data[num_channels:] *= HIDDEN_INIT_GAIN
     change = tie_filters(model) if args.symmetry > 1 else 0.0
-    if from_file and change > 1e-3:
+    if fine_tunes and change > 1e-3:
         raise InputError(f"--init {args.init}: its filters are not tied; add --symmetry 1")
     return model
 
 
 # --- checkpoint files -----------------------------------------------------------------------
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 COLUMNS = ("epoch", "step", "loss", "psnr", "learning_rate", "seconds")  # of history.csv
 
 
@@ -537,8 +554,7 @@ class RunFolder:
         self.path = Path(args.outputs_dir, f"x{args.scale}")
         self.writer, self.baseline = None, "none; best.pth will have the last weights"
         if args.tensorboard:
-            with optional_import("tensorboard", "--tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
         if args.resume:
             self.path = Path(args.resume).parent
         else:
@@ -676,7 +692,7 @@ def load_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if checkpoint["version"] != CHECKPOINT_VERSION:
             raise InputError("is of another version of train.py; start from its weights by --init")
-        return {"args": checkpoint["args"]} | checkpoint
+        return checkpoint
 
 
 # --- processes and signals ------------------------------------------------------------------
@@ -711,13 +727,12 @@ def sync_ranks(state: TrainingState, stop: StopSignal) -> None:
     """
     state.seconds = time.perf_counter() - state.started
     if state.world_size > 1:
-        values = torch.tensor((state.seconds, stop.received, state.loss_sum.item()))
-        gathered = values.to(state.loss_sum.device).repeat(state.world_size, 1)
-        dist.all_gather(list(gathered), gathered[0].clone())
-        seconds, received, loss_sum = gathered.unbind(1)
-        state.seconds, stop.signum = seconds.max().item(), int(received.max())
+        latest = torch.tensor((state.seconds, stop.received), device=state.loss_sum.device)
+        dist.all_reduce(latest, dist.ReduceOp.MAX)
+        state.seconds, stop.signum = latest[0].item(), int(latest[1])
         # The mean of the ranks' sums stays right when each rank adds its further losses to it.
-        state.loss_sum = loss_sum.mean()
+        dist.all_reduce(state.loss_sum)
+        state.loss_sum /= state.world_size
     if not math.isfinite(state.mean_loss):
         raise InputError(
             f"--lr: the loss is not finite in epoch {state.epoch} at a learning rate of "
@@ -837,6 +852,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
     if not is_resumed:
         if args["train_file"] is None:
             parser.error("the following arguments are required: --train-file")
+        if args["lr"] is None:
+            args["lr"] = LEARNING_RATES[args["optimizer"]]
         return argparse.Namespace(**args), None
     if args["resume"] and "outputs_dir" in typed:
         raise InputError("--outputs-dir: a resumed run writes beside its checkpoint; drop the flag")
@@ -852,8 +869,6 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, dict 
 
 
 def main(args: argparse.Namespace, checkpoint: dict | None = None) -> int:
-    if args.lr is None:
-        args.lr = LEARNING_RATES[args.optimizer]
     device = pick_device(args.device)
     torch.backends.cudnn.benchmark = True  # all batches of an epoch have one shape
     rank, world_size = init_processes(device)

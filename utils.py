@@ -26,7 +26,7 @@ import sys
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,14 +108,14 @@ def resize(planes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if planes.ndim == 3:
         return np.stack([resize(plane, size) for plane in planes])
-    margins = []  # pixels to pad (before, after) resizing, for the rows and the columns
+    margins = []  # for rows and columns: pixels to pad before and to cut off after resizing
     for old, new in zip(planes.shape, size):
         if new < 1 or (old % new and new % old):
             raise ValueError(f"cannot resize {old} pixels to {new}: no multiple, no divisor")
         # The kernel spans two output pixels when downscaling, two input pixels when upscaling.
         margins.append((2 * max(1, old // new), 2 * max(1, new // old)) if old != new else (0, 0))
-    (rows, top), (columns, left) = margins
-    padded = np.pad(np.asarray(planes, np.float32), ((rows, rows), (columns, columns)), "edge")
+    (pad_y, top), (pad_x, left) = margins
+    padded = np.pad(np.asarray(planes, np.float32), ((pad_y, pad_y), (pad_x, pad_x)), "edge")
     padded_size = size[1] + 2 * left, size[0] + 2 * top
     resized = Image.fromarray(padded).resize(padded_size, Image.Resampling.BICUBIC)
     return np.asarray(resized)[top : top + size[0], left : left + size[1]]
@@ -185,7 +185,7 @@ def expand_patterns(names: Iterable[str | Path]) -> list[Path]:
 
 def find_images(
     names: Iterable[str | Path],
-    results: bool = False,
+    include_results: bool = False,
     folders_only: bool = False,
     ignored: list[Path] | None = None,
 ) -> dict[Path, Path]:
@@ -193,7 +193,7 @@ def find_images(
 
     Args:
         names: files, folders, and patterns of them.
-        results: whether to include what test.py writes (NAME_srcnn_x3.png, ...).
+        include_results: whether to include what test.py writes (NAME_srcnn_x3.png, ...).
         folders_only: whether to refuse files.
         ignored: receives the other files in the folders.
 
@@ -211,7 +211,7 @@ def find_images(
             images.setdefault(path, Path(path.name))
             continue
         files = sorted(walk(path))
-        found = [file for file in files if is_image_name(file.relative_to(path), results)]
+        found = [file for file in files if is_image_name(file.relative_to(path), include_results)]
         if not found:
             raise InputError(f"{path}: no image in it (results of test.py are ignored)")
         if ignored is not None:
@@ -222,7 +222,7 @@ def find_images(
 
 
 def unique_names(images: dict[Path, Path]) -> dict[Path, Path]:
-    """Return {path: name}; if names are equal, all become relative to the folder above all."""
+    """Return {path: name}; if two names are equal, all become relative to their common folder."""
     if len(set(images.values())) == len(images):
         return images
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in images])
@@ -241,23 +241,30 @@ def walk(folder: Path) -> Iterator[Path]:
             yield from (Path(parent, name) for name in names)
 
 
-def is_image_name(relative: Path, results: bool) -> bool:
+def is_image_name(relative: Path, include_results: bool) -> bool:
     """Return whether a path has an image's extension and is not hidden, nor test.py's result."""
-    kind = Image.registered_extensions().get(relative.suffix.lower())
-    is_image = kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5")  # not decoded by Pillow
+    image_format = Image.registered_extensions().get(relative.suffix.lower())
+    # Pillow opens these three only with a decoder of another package.
+    is_image = image_format in Image.OPEN and image_format not in ("BUFR", "GRIB", "HDF5")
     is_hidden = any(part.startswith(".") for part in relative.parts)
     is_result = re.search(r"_(srcnn|bicubic|comparison)_[xwh][\d.]+$", relative.stem)
-    return is_image and not is_hidden and (results or not is_result)
+    return is_image and not is_hidden and (include_results or not is_result)
 
 
 def match_images(
-    names: Sequence[str | Path], folders: Sequence[str | Path], scale: int
+    names: Sequence[str | Path],
+    folders: Sequence[str | Path],
+    scale: int,
+    among: Container[Path] | None = None,
 ) -> dict[Path, list[Path]]:
     """Return for each image the files in `folders` with its subfolder and name, see pair_key.
 
-    As many folders as names are matched in order. Where both are one folder, files marked LR are
-    the LR images, and those marked HR or GT, or else all others, the HR images. Images with equal
-    keys match each other, too: it is unknown to which of them an LR image belongs.
+    As many folders as names are matched in order. Where both contain the same files, those marked
+    LR are matched to those marked HR or GT; if none has such a mark, the other files are meant.
+    Two images with equal keys are listed as each other's match, so that only_match refuses both.
+
+    Args:
+        among: leave out other images.
     """
     groups = [(names, folders)]
     if len(names) == len(folders):
@@ -265,18 +272,29 @@ def match_images(
     matches: dict[Path, list[Path]] = {}
     for group_names, group_folders in groups:
         images = find_images(group_names)
-        candidates = find_images(group_folders, results=True, folders_only=True)
+        candidates = find_images(group_folders, include_results=True, folders_only=True)
         if images.keys() & candidates.keys():
-            candidates = select_role(images, "LR", "HR|GT")
-            images = select_role(images, "HR|GT", "LR")
+            hr_images = marked(images, "HR|GT")
+            unmarked = {path: name for path, name in candidates.items() if path not in hr_images}
+            candidates = marked(candidates, "LR") or unmarked
+            rest = {path: name for path, name in images.items() if path not in candidates}
+            images = hr_images or rest
         if not images:
-            raise InputError(f"{group_names[0]}: all images are marked LR; name HR images, too")
+            raise InputError(f"{group_names[0]}: has no image but the LR images; name HR images")
+        if among is not None:
+            images = {path: name for path, name in images.items() if path in among}
         by_key: dict[tuple, list[Path]] = {}
         for path, name in [*candidates.items(), *images.items()]:
             by_key.setdefault(pair_key(name, scale), []).append(path)
         for path, name in images.items():
             matches[path] = [match for match in by_key[pair_key(name, scale)] if match != path]
     return matches
+
+
+def marked(images: dict[Path, Path], role: str) -> dict[Path, Path]:
+    """Return the images with a role, such as LR or HR|GT, in their name or a folder's name."""
+    mark = re.compile(rf"(^|[-_. /])({role})(?![a-z])", re.I)
+    return {path: name for path, name in images.items() if mark.search(name.as_posix())}
 
 
 def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
@@ -289,17 +307,6 @@ def pair_key(relative: Path, scale: int) -> tuple[str, ...]:
     marks = rf"((^|[-_. ])({roles}|srf_?{scale}|x{scale}|{scale}x)|x{scale})+$"
     parts = [re.sub(marks, "", part.lower()) for part in relative.with_suffix("").parts]
     return tuple(part for part in parts if part)
-
-
-def select_role(images: dict[Path, Path], role: str, other_role: str) -> dict[Path, Path]:
-    """Return the images that are marked with a role in their path, or else not with the other."""
-
-    def marked(role: str) -> dict[Path, Path]:
-        mark = re.compile(rf"(^|[-_. /])({role})(?![a-z])", re.I)
-        return {path: name for path, name in images.items() if mark.search(name.as_posix())}
-
-    others = marked(other_role)
-    return marked(role) or {path: name for path, name in images.items() if path not in others}
 
 
 def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
@@ -315,7 +322,7 @@ def only_match(path: Path, matches: Sequence[Path], flag: str) -> Path:
 # Text and profiles of a PNG that are larger than Pillow's limit of 1 MB are harmless.
 PngImagePlugin.MAX_TEXT_CHUNK = 64 << 20
 Image.WARN_POSSIBLE_FORMATS = True  # tells why a valid TIFF cannot be decoded
-HIGH_BIT_DEPTH_MODES = "I", "F"  # how Pillow's modes of more than 8 bits begin, which are greyscale
+HIGH_BIT_DEPTH = "I", "F"  # Pillow's modes of more than 8 bits begin so; all are greyscale
 # EXIF that also holds for the upscaled image: not orientation, size, thumbnail, maker's data.
 EXIF_TAGS = Tag.ImageDescription, Tag.Make, Tag.Model, Tag.Software, Tag.DateTime, Tag.Artist
 EXIF_TAGS += (Tag.Copyright,)
@@ -355,7 +362,7 @@ def open_image(path: str | Path) -> Image.Image:
     """
     notes: list[str] = []
     with (
-        open_input(path, "image", "name another, or raise --max-pixels"),
+        open_input(path, "image", "name another"),
         collect_warnings(notes),
         open(path, "rb") as stream,  # Pillow maps a TIFF opened by name, and rotates it wrongly
         Image.open(stream) as image,
@@ -365,13 +372,13 @@ def open_image(path: str | Path) -> Image.Image:
             while tags.get(Tag.NewSubfileType, 0) & 1:  # a thumbnail in front of the full image
                 image.seek(image.tell() + 1)
         bits = check_decodable(image, tags)
-        if bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH_MODES):
+        if bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH):
             notes.append(f"{bits}-bit colour is read as 8 bits")
         ignored_bands = tags.get(Tag.SamplesPerPixel, 1) - len(image.getbands())
         if ignored_bands > 0:
             notes.append(f"{count_of(ignored_bands, 'further band')} ignored")
-        orientation = tags.get(Tag.Orientation)
-        image.load()  # rotates a TIFF; before getexif, which decodes a PNG and hides its errors
+        orientation = tags.get(Tag.Orientation)  # load() rotates a TIFF and removes this tag
+        image.load()  # before getexif, which decodes a PNG and hides its errors
         exif = Image.Exif()
         with suppress(Exception):  # damaged EXIF does not make an image unusable
             exif = image.getexif()
@@ -394,7 +401,8 @@ def open_image(path: str | Path) -> Image.Image:
         upright.info["white_is_zero"] = tags.get(Tag.PhotometricInterpretation) == 0
         with suppress(Exception):  # there is no second frame, or it cannot be decoded
             image.seek(image.tell() + 1)
-            # The second image of a phone's MPO is a preview, that of a TIFF may be a mask.
+            # The second image of a phone's MPO is a preview, that of a TIFF may be a mask. The
+            # first of a TIFF may have been a thumbnail.
             is_frame = image.format != "MPO" and not tags.get(Tag.NewSubfileType, 0)
             if is_frame and image.tell() == 1:
                 notes.append(f"{image.n_frames} frames, only the first is used")
@@ -403,8 +411,10 @@ def open_image(path: str | Path) -> Image.Image:
 
 def check_decodable(image: Image.Image, tags: dict) -> int:
     """Return the bits per value of a file; refuse kinds that Pillow decodes to other values."""
-    bits = max(tags.get(Tag.BitsPerSample, [16 if ";16" in str(image.tile) else 8]))
-    if image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
+    bits = 16 if ";16" in str(image.tile) else 8  # as in PNG
+    if tags:
+        bits = max(tags.get(Tag.BitsPerSample, [bits]))
+    elif image.format == "PPM" and image.tile[0].codec_name.startswith("ppm"):
         bits = 16 if image.tile[0].args[1] > 255 else 8
     elif image.format == "JPEG2000":  # byte 38 of the SIZ marker segment, see ISO 15444-1, A.5.1
         image.fp.seek(0)
@@ -412,8 +422,8 @@ def check_decodable(image: Image.Image, tags: dict) -> int:
         bits = 1 + (segment[38] & 127) if segment else 8
     is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
     is_planar = tags.get(Tag.PlanarConfiguration) == 2
-    loses_bits = bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH_MODES)
-    kinds = {
+    loses_bits = bits > 8 and not image.mode.startswith(HIGH_BIT_DEPTH)
+    wrongly_decoded = {
         "thumbnail of an image in a SubIFD": tags.get(Tag.NewSubfileType, 0) & 1,
         "signed 8-bit TIFF": is_signed and bits == 8,
         "compressed big-endian TIFF of signed values": "BS'" in str(image.tile),
@@ -422,7 +432,7 @@ def check_decodable(image: Image.Image, tags: dict) -> int:
         "16-bit FITS file": image.format == "FITS" and image.mode == "I;16",
         "16-bit colour JPEG 2000": image.format == "JPEG2000" and loses_bits,
     }
-    for kind, applies in kinds.items():
+    for kind, applies in wrongly_decoded.items():
         if applies:
             raise InputError(f"is a {kind}, which Pillow decodes wrongly; convert it")
     return bits
@@ -442,7 +452,8 @@ def jpeg_quality(image: Image.Image) -> int | None:
     """
     if image.format not in ("JPEG", "MPO"):
         return None
-    return int(np.abs(libjpeg_table_sums() - sum(image.quantization[0])).argmin()) + 1
+    table = image.quantization[min(image.quantization)]  # of luma
+    return int(np.abs(libjpeg_table_sums() - sum(table)).argmin()) + 1
 
 
 @cache  # a hundred encodings: once per run, not for each file
@@ -478,9 +489,11 @@ def collect_warnings(notes: list[str]) -> Iterator[None]:
         os.dup2(file.fileno(), 2)
         try:
             yield
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise InputError(f"{error}; raise --max-pixels") from error
         except UnidentifiedImageError as error:
             reasons = [str(w.message) for w in caught if str(w.message).startswith("TIFF")]
-            raise ValueError(*reasons[:1] or ["unknown format"]) from error
+            raise ValueError(reasons[0] if reasons else "unknown format") from error
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
@@ -524,7 +537,7 @@ class Planes:
         return (values - self.low) * np.float32(255 / (self.high - self.low))
 
     def to_image(self, levels: np.ndarray) -> Image.Image:
-        """Make an image from C x H x W grey levels, alpha as the last plane: rounded, clipped."""
+        """Make an image from C x H x W grey levels, alpha last; integers are rounded, clipped."""
         dtype, planes = self.colour.dtype, []
         for i, plane in enumerate(levels):  # one by one, because images are large
             is_alpha = i >= len(self.colour)
@@ -553,7 +566,7 @@ def decode(
         InputError: NaN or infinity, no value range, or one that cannot be applied.
     """
     path, notes = image.info.get("path", "image"), image.info.pop("notes", None)
-    is_deep = image.mode.startswith(HIGH_BIT_DEPTH_MODES)
+    is_deep = image.mode.startswith(HIGH_BIT_DEPTH)
     low, high, alpha = 0, 255, None
     if is_deep:
         values, mode = np.asarray(image)[None], image.mode[0]
@@ -629,6 +642,7 @@ class Pair:
     greyscale: whether that is greyscale; its RGB has three equal channels.
     source: its value range and bit depth, see Planes.source.
     name: for tables.
+    colour: the RGB pair of a luma pair, for the screen; None where luma is all there is.
     """
 
     ilr: np.ndarray
@@ -638,6 +652,7 @@ class Pair:
     greyscale: bool = False
     source: dict = field(default_factory=dict)
     name: str = ""
+    colour: "Pair | None" = None
 
     @property
     def num_channels(self) -> int:
@@ -677,7 +692,7 @@ def bicubic_pair(hr: np.ndarray, scale: int, quantum: float = 1.0) -> Pair:
     """Make the protocol's pair (steps 2 and 3); empty if the image is smaller than the scale."""
     hr = crop_to_multiple(hr, scale)
     if not hr.size:
-        return Pair(hr, hr, None, quantum)
+        return Pair(hr, hr, None, quantum)  # callers skip it
     lr = resize(hr, (hr.shape[-2] // scale, hr.shape[-1] // scale))
     return Pair(resize(lr, hr.shape[-2:]), hr, lr, quantum)
 
@@ -819,15 +834,6 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-@contextmanager
-def optional_import(package: str, flag: str) -> Iterator[None]:
-    """Import inside this block what only one flag needs; say how to install it if it is missing."""
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(f"{flag}: needs {package}; pip install {package}") from error
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring as --help, and errors of one line without the usage."""
 
@@ -904,6 +910,8 @@ def run(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         report(error)
+    except ImportError as error:  # a package that only one flag needs
+        report(InputError(f"{error}; pip install {error.name}"))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it

@@ -18,7 +18,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from statistics import fmean
@@ -232,13 +231,12 @@ def ycbcr_files(args: argparse.Namespace) -> list[Path]:
             ycbcr = quantize(rgb_to_ycbcr(rgb)).astype(np.float32)
             yield path, bicubic_pair(ycbcr, 3, planes.quantum)
 
-    append_patches = partial(prepare.append_patches, size=33, stride=14)
-    files = []
-    for folder, append in (args.images_dir, append_patches), (args.sets[0], prepare.append_image):
+    files, patches = [], {"patch_size": 33, "stride": 14}
+    for folder, attributes in (args.images_dir, patches), (args.sets[0], {}):
         path = Path(args.work_dir, f"{unique_stem(folder)}-ycbcr_x3.h5")
         if not path.exists():
             with atomic_path(path) as partial_path:
-                prepare.write_h5(partial_path, pairs(folder), append, {"scale": 3})
+                prepare.write_h5(partial_path, pairs(folder), attributes | {"scale": 3})
         files.append(path)
     return files
 
@@ -253,7 +251,6 @@ def pretrained(args: argparse.Namespace, variant: Variant, seed: int, file: Path
     torch.manual_seed(seed)
     model = SRCNN(3, kernel_sizes=(9, 1, 5)).to(pick_device(), memory_format=torch.channels_last)
     flags, _ = train.parse_args(["--train-file", str(file), "--optimizer", "muon"])
-    flags.lr = train.LEARNING_RATES["muon"]
     optimizers = train.make_optimizers(model, flags)
     patches = H5Patches([file], 3, model.halo)
     batches = Batches(patches, BATCH_SIZE, seed, pick_device(), crop=model.halo)

@@ -639,3 +639,16 @@ def test_warnings_about_a_file_that_is_refused_add_no_line(call):
     content = Path("a.tif").read_bytes()
     Path("a.tif").write_bytes(content.replace(struct.pack("<HHI", 257, 3, 1), bytes(8), 1))
     assert refused(call("test", "a.tif"), "a.tif: ")
+
+
+def test_a_jpeg_whose_table_has_another_number_has_the_same_quality(tmp_path):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(noise(16, 16).astype(np.uint8)).save(path, quality=60)
+    content = path.read_bytes()
+    table = content.index(b"\xff\xdb") + 4
+    component = content.index(b"\xff\xc0") + 12
+    assert (content[table], content[component]) == (0, 0)
+    numbered = bytearray(content)
+    numbered[table] = numbered[component] = 1
+    path.write_bytes(numbered)
+    assert open_image(path).info["jpeg_quality"] == 60

@@ -283,6 +283,16 @@ LAYOUTS = {  # pairs of files, and what --images-dir and --lr-dir name
         ["set"],
         ["set"],
     ),
+    "HR in a subfolder": (
+        [("set/HR/1.png", "set/LR/1.png"), ("set/HR/2.png", "set/LR/2_LR.png")],
+        ["set/HR"],
+        ["set"],
+    ),
+    "only HR marked in one folder": (
+        [("set/1_HR.png", "set/1.png"), ("set/b/1_GT.png", "set/b/1_x3.png")],
+        ["set"],
+        ["set"],
+    ),
     "LR in a subfolder": (
         [("set/1.png", "set/LR/1.png"), ("set/2.png", "set/LR/2.png")],
         ["set"],
@@ -736,6 +746,23 @@ def test_several_methods_are_scored_in_one_table(call, scores, weights, pairs):
     assert " ".join(header.split()) == "x3 bicubic dB SSIM srcnn dB SSIM A dB SSIM B dB SSIM"
     expected = [np.mean(rows[name]) for name in columns]
     assert np.allclose([float(cell) for cell in mean.split()[1:]], expected, atol=0.006)
+
+
+def test_results_in_a_subfolder_of_the_images_are_scored(scores):
+    hr = grey(0, 48, 48)
+    save("D/GT/a.png", hr), save("D/ours/a.png", np.roll(hr, 1, 0))
+    rows = scores("--image-file", "D", "--results", "D/ours", "--scale", 3)
+    assert len(rows) == 1
+    assert rows[0]["ours_psnr"] == approx_psnr(np.roll(hr, 1, 0), hr)
+
+
+def test_results_for_hr_images_that_share_a_folder_with_lr_images_are_scored(scores):
+    hr = grey(0, 48, 48)
+    save("D/HR/a.png", hr), save("D/LR/a.png", noise(16, 16).astype(U8))
+    save("R/a.png", np.roll(hr, 1, 0))
+    rows = scores("--image-file", "D", "--lr-dir", "D", "--results", "R", "--scale", 3)
+    assert len(rows) == 1
+    assert rows[0]["R_psnr"] == approx_psnr(np.roll(hr, 1, 0), hr)
 
 
 def test_a_missing_result_of_one_method_is_one_line_and_the_other_rows_are_written(call, weights):

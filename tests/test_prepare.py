@@ -392,12 +392,26 @@ def test_dead_leaves_have_edges_and_flat_areas_of_all_sizes():
     assert power[1:9, 1:9].mean() > 30 * power[33:65, 33:65].mean()
 
 
+def test_an_image_that_is_skipped_does_not_decide_the_bit_depth_of_the_others(call, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save(tmp_path / "in" / "a.png")
+    Image.fromarray(noise(60, 60).astype(np.uint8)).save(tmp_path / "in" / "b.png")
+    argv = "--images-dir", tmp_path / "in", "--scale", 2, "--output-path", tmp_path / "x.h5"
+    result = call("prepare", *argv)
+    assert result.status == 0, result.err
+    assert (
+        result.err == f"{tmp_path / 'in' / 'a.png'}: skipped, smaller than a patch or the scale\n"
+    )
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file.attrs["bit_depth"] == 8
+
+
 # --- download -------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def release(tmp_path) -> tuple[dict, Path, bytes]:
-    """Generated images by name, a manifest of them, and an archive of other names."""
+def release(tmp_path, monkeypatch) -> tuple[dict, bytes]:
+    """Generated images by name, which become the manifest, and an archive with other names."""
     files = {}
     for i, name in enumerate(("T91/t1.bmp", "Set5/head_GT.bmp", "Set14/man.bmp")):
         buffer = io.BytesIO()
@@ -406,7 +420,8 @@ def release(tmp_path) -> tuple[dict, Path, bytes]:
     manifest = tmp_path / "manifest"
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     manifest.write_text("".join(f"{d}  {name}\n" for name, d in digests.items()))
-    return (files, manifest, zipped({f"SRCNN/X/{i}.bmp": c for i, c in enumerate(files.values())}))
+    monkeypatch.setattr(prepare, "MANIFEST", manifest)
+    return (files, zipped({f"SRCNN/X/{i}.bmp": c for i, c in enumerate(files.values())}))
 
 
 def zipped(files: dict[str, bytes]) -> bytes:
@@ -431,48 +446,55 @@ def server(tmp_path):
         thread.join()
 
 
-def test_download_tries_the_next_source_after_a_failed_one(release, server, tmp_path, capfd):
-    files, manifest, archive = release
+def test_download_tries_the_next_source_after_a_failed_one(
+    release, server, tmp_path, monkeypatch, capfd
+):
+    files, archive = release
     folder, url = server
     (folder / "corrupt.zip").write_bytes(archive[: len(archive) // 2])
     (folder / "good.zip").write_bytes(archive)
     sources = [f"{url}/{name}" for name in ("missing.zip", "corrupt.zip", "good.zip")]
-    prepare.download(tmp_path / "data", None, sources, manifest)
+    monkeypatch.setattr(prepare, "SOURCES", sources)
+    prepare.download(tmp_path / "data")
     assert tree(tmp_path / "data") == files
     err = capfd.readouterr().err
     assert "missing.zip" in err
     assert err.count("trying the next source") == 2
 
 
-def test_a_second_download_fetches_only_missing_and_damaged_files(release, server, tmp_path):
-    files, manifest, _ = release
+def test_a_second_download_fetches_only_missing_and_damaged_files(
+    release, server, tmp_path, monkeypatch
+):
+    files, _ = release
     folder, url = server
     names = list(files)
     target = tmp_path / "data"
     (folder / "part.zip").write_bytes(zipped({"a": files[names[0]]}))
+    monkeypatch.setattr(prepare, "SOURCES", [f"{url}/part.zip"])
     with pytest.raises(InputError, match="2 files are missing") as error:
-        prepare.download(target, None, [f"{url}/part.zip"], manifest)
+        prepare.download(target)
     assert "--archive" in str(error.value)
     assert tree(target) == {names[0]: files[names[0]]}
     (target / names[0]).write_bytes(b"damaged")
     (folder / "part.zip").write_bytes(zipped({n: files[n] for n in names}))
-    prepare.download(target, None, [f"{url}/part.zip"], manifest)
+    prepare.download(target)
     assert tree(target) == files
-    prepare.download(target, None, ["http://127.0.0.1:1/never.zip"], manifest)
+    monkeypatch.setattr(prepare, "SOURCES", ["http://127.0.0.1:1/never.zip"])
+    prepare.download(target)
 
 
 def test_names_in_an_archive_cannot_lead_out_of_the_folder(release, tmp_path):
-    files, manifest, _ = release
+    files, _ = release
     evil = {f"../../{i}.bmp": content for i, content in enumerate(files.values())}
     (tmp_path / "evil.zip").write_bytes(zipped({**evil, "/etc/evil": b"evil", "../e": b"e"}))
     before = set(tree(tmp_path))
-    prepare.download(tmp_path / "in" / "data", str(tmp_path / "evil.zip"), (), manifest)
+    prepare.download(tmp_path / "in" / "data", str(tmp_path / "evil.zip"))
     assert tree(tmp_path / "in" / "data") == files
     assert set(tree(tmp_path)) - before == {f"in/data/{name}" for name in files}
 
 
 def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tmp_path):
-    _, _, archive = release
+    _, archive = release
     bad = tmp_path / "bad.zip"
     for content in (b"", b"text", archive[:-40], archive[:60] + b"\0" * 9 + archive[69:]):
         bad.write_bytes(content)
@@ -485,11 +507,11 @@ def test_a_local_archive_that_is_missing_or_corrupt_is_refused(call, release, tm
 
 
 def test_the_manifest_lists_every_file_of_the_three_sets(tmp_path):
-    names = list(prepare.missing_files(tmp_path, prepare.MANIFEST))
+    names = list(prepare.missing_files(tmp_path))
     counts = [sum(name.startswith(f"{s}/") for name in names) for s in ("T91", "Set5", "Set14")]
     assert counts == [91, 5, 14]
 
 
 @needs_data
 def test_the_manifest_matches_the_real_files():
-    assert prepare.missing_files(DATA, prepare.MANIFEST) == {}
+    assert prepare.missing_files(DATA) == {}

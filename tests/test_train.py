@@ -63,11 +63,10 @@ def test_a_run_writes_weights_checkpoint_and_history(call, train_flags, folder):
 def test_last_pth_contains_the_run_at_its_top_level(call, train_flags, folder):
     call("train", *train_flags)
     state = torch.load(folder / "last.pth", weights_only=True)
-    names = "version args data epoch epoch_step global_step seconds history best best_psnr model"
-    names += " ema optimizers loss_sum loss_steps max_lr evaluated_step evaluated_at"
-    assert set(state) == {*names.split(), "evaluation_seconds"}
-    assert (state["version"], state["epoch"], state["epoch_step"]) == (3, 4, 0)
-    assert (state["global_step"], state["loss_sum"]) == (12, 0)
+    names = "version args data global_step seconds history best best_psnr model ema optimizers"
+    names += " loss_sum max_lr evaluated_step next_evaluation"
+    assert set(state) == set(names.split())
+    assert (state["version"], state["global_step"], state["loss_sum"]) == (4, 12, 0)
     assert equal_files(folder / "last.pth", folder / "best.pth")  # both are the EMA
     assert not torch.equal(state["model"]["conv1.weight"], state["ema"]["conv1.weight"])
 
@@ -174,7 +173,7 @@ def test_missing_tensorboard_is_refused_before_an_older_run_is_renamed(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     result = call("train", *train_flags, "--tensorboard")
-    assert refused(result, "--tensorboard", "pip install tensorboard")
+    assert refused(result, "tensorboard", "pip install tensorboard")
     assert tree(tmp_path) == before
 
 
@@ -244,6 +243,37 @@ def test_evaluations_take_at_most_a_twentieth_of_a_run_in_minutes(
     # A twentieth of 9 seconds is 3 evaluations; another precedes the run, and one ends it.
     assert 3 <= len(seconds) <= 5
     assert len(history(folder)) == len(seconds) - 1
+
+
+def test_the_evaluation_before_the_first_step_takes_none_of_the_minutes(
+    call, train_flags, folder, monkeypatch
+):
+    evaluate, seconds = train.evaluate, [2, 0, 0]
+
+    def slow_once(*args: object) -> float:
+        time.sleep(seconds.pop(0))
+        return evaluate(*args)
+
+    monkeypatch.setattr(train, "evaluate", slow_once)
+    flags = train_flags[: train_flags.index("--eval-every")]
+    assert call("train", *flags, "--minutes", 0.02).status == 0
+    assert torch.load(folder / "last.pth", weights_only=True)["global_step"] > 5
+    assert float(history(folder)[-1]["seconds"]) < 2
+
+
+def test_an_exact_result_does_not_hide_the_scores_of_the_other_images():
+    images = noise(2, 40, 40).round()
+    exact, shifted = Pair(images[0], images[0]), Pair(images[1], np.roll(images[1], 1))
+    alone = train.evaluate(SRCNN(), [shifted], 3)
+    assert 5 < alone < 30
+    assert train.evaluate(SRCNN(), [exact, shifted], 3) == pytest.approx((100 + alone) / 2)
+
+
+def test_fewer_patches_than_processes_are_refused(train_flags):
+    args, _ = train.parse_args([str(flag) for flag in train_flags])
+    args.batch_size = 128
+    with pytest.raises(InputError, match="--batch-size"):
+        train.load_data(args, torch.device("cpu"), 0, 128)
 
 
 def test_the_terminal_shows_what_will_be_trained_and_how_long_it_takes(call, train_flags):
@@ -566,7 +596,7 @@ def test_resuming_writes_an_epoch_file_that_a_kill_prevented(
     with monkeypatch.context() as patch:
         patch.setattr(train, "write_file", killed)
         assert call("train", *train_flags).status == 137
-    assert torch.load(folder / "last.pth", weights_only=True)["epoch"] == epoch + 1
+    assert torch.load(folder / "last.pth", weights_only=True)["global_step"] == 4 * epoch
     assert not (folder / f"epoch_{epoch}.pth").exists()
     assert call("train", "--resume", folder / "last.pth").status == 0
     for i in (1, 2, 3):

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import models
 import numpy as np
 import onnx
 import onnxruntime
@@ -85,7 +86,7 @@ def test_default_weights_are_found_from_any_folder(photo_path):
 
 @pytest.mark.parametrize("tile", [5, 13, 64, 1000])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (33, 2), (22, 23)])
-def test_tiles_and_bands_of_any_size_give_the_same_image(photo, tile, shape):
+def test_tiles_and_bands_of_any_size_give_the_same_image(photo, tile, shape, monkeypatch):
     model = load_srcnn(ROOT / "weights" / "srcnn_x3.pth")
     colour = photo[40:, 30:][: shape[0], : shape[1]]
     alpha = noise(*shape, 1).astype(np.uint8)
@@ -93,7 +94,10 @@ def test_tiles_and_bands_of_any_size_give_the_same_image(photo, tile, shape):
         image = Image.fromarray(values)
         whole = np.asarray(upscale(image, model, 3))
         assert whole.shape[:2] == (3 * shape[0], 3 * shape[1])
-        tiled = np.asarray(upscale(image, model, 3, tile=tile, band=tile**2))
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "CPU_TILE", tile)
+            patch.setattr(models, "BAND", tile**2)
+            tiled = np.asarray(upscale(image, model, 3))
         assert np.array_equal(tiled, whole)
 
 
@@ -1113,6 +1117,27 @@ def test_comparison_of_an_upscaled_image_shows_bicubic_and_the_result(call, phot
     assert len(set.intersection(*positions)) == 1
 
 
+def test_a_comparison_shows_invisible_pixels_as_white(call, photo, tmp_path):
+    alpha = np.zeros((120, 90, 1), np.uint8)
+    alpha[:, 60:] = 255
+    hidden = np.where(alpha, photo, noise(120, 90, 3).astype(np.uint8))
+    Image.fromarray(np.dstack([hidden, alpha])).save(tmp_path / "a.png")
+    argv = "--scale", 2, "--output", tmp_path / "out.png", "--save-images", tmp_path / "images"
+    assert call("test", tmp_path / "a.png", *argv).status == 0
+    images, details = tiles(pixels(tmp_path / "images" / "a_comparison_x2.png"), 180, 240)
+    for image, detail in zip(images, details, strict=True):
+        assert np.all(image[:, :110] == 255)
+        assert np.mean(detail == 255) < 0.9  # the magnified part is a visible one
+
+
+def test_a_report_shows_a_detail_of_a_long_strip(call, tmp_path):
+    Image.fromarray(noise(10, 9000).astype(np.uint8)).save(tmp_path / "a.png")
+    argv = "--scale", 2, "--output", tmp_path / "out.png", "--report", tmp_path / "r.html"
+    result = call("test", tmp_path / "a.png", *argv)
+    assert (result.status, result.err) == (0, "")
+    assert "detail of 18000 x 20 pixels" in (tmp_path / "r.html").read_text()
+
+
 def test_a_line_about_an_image_is_printed_once(call, photo, tmp_path):
     frames = [Image.fromarray(photo[:, i * 30 :][:, :30]) for i in range(2)]
     frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
@@ -1207,7 +1232,7 @@ def test_onnx_file_describes_itself(call, tmp_path, network, kernel_sizes, chann
 def test_export_without_the_package_is_refused(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = call("test", "--export", tmp_path / "x.onnx", "--scale", 3)
-    assert refused(result, "--export", "pip install onnx")
+    assert refused(result, "onnx", "pip install onnx")
     assert not tree(tmp_path)
 
 

@@ -187,7 +187,7 @@ def test_folders_are_searched_with_their_subfolders_but_without_results_and_hidd
     found = find_images([tmp_path / "sub", tmp_path])
     relative = {str(path.relative_to(tmp_path)): str(r) for path, r in found.items()}
     assert relative == {"sub/a.jpg": "a.jpg", "sub/deep/c.tif": "deep/c.tif", "b.PNG": "b.PNG"}
-    with_results = find_images([tmp_path], results=True)
+    with_results = find_images([tmp_path], include_results=True)
     assert set(with_results) - set(found) == {tmp_path / "c_srcnn_x3.png"}
     named = tmp_path / "c_srcnn_x3.png"
     assert find_images([named]) == {named: Path(named.name)}
