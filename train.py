@@ -268,7 +268,8 @@ def train(
     else:
         state.best_psnr = evaluate(state.ema, pairs, args.scale)
         sync_ranks(state, stop)  # the other ranks have waited for rank 0
-        duration, state.seconds, state.started = state.seconds, 0.0, time.perf_counter()
+        duration = state.seconds
+        state.seconds, state.started = 0.0, time.perf_counter()  # training begins now
         state.schedule_evaluation(duration)
     output = RunFolder(args) if rank == 0 else NoOutput()
     if checkpoint:

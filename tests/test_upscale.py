@@ -699,7 +699,7 @@ def photo_network(tmp_path, monkeypatch) -> Path:
 
 CHOICES = [  # how an image is saved, flags, and what the line names
     ("a.jpg", {"quality": 60}, (), "photo x2 for JPEG of quality 60, back-projection 0"),
-    ("a.jpg", {"quality": 15}, (), "photo x2 for JPEG of quality 15, back-projection 0"),
+    ("a.jpg", {"quality": 20}, (), "photo x2 for JPEG of quality 20, back-projection 0"),
     ("a.jpeg", {"quality": 94}, (), "photo x2 for JPEG of quality 94, back-projection 0"),
     (
         "a.jpg",
