@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import h5py
@@ -189,8 +190,9 @@ class Batches:
         order = order[first:, self.rank_slice]
         transforms = transforms[first:, self.rank_slice].to(self.device)
         pairs = self._from_disk(order) if self.stream else self._from_memory(order)
-        for (ilr, hr), transform in zip(pairs, transforms):
-            yield self._transform(ilr, transform, 0), self._transform(hr, transform, self.crop)
+        with closing(pairs):  # ends the workers also if an error occurs here
+            for (ilr, hr), transform in zip(pairs, transforms):
+                yield self._transform(ilr, transform, 0), self._transform(hr, transform, self.crop)
 
     def _from_memory(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for rows in order.to(self.device):

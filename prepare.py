@@ -192,7 +192,8 @@ def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes:
                     continue
                 if file_source not in (None, pair.source):
                     raise InputError(
-                        f"{name}: is {pair.source}, the images before it {file_source}"
+                        f"{name}: has {pair.source['bit_depth']} bits per value, the images before "
+                        f"it {file_source['bit_depth']}; prepare them separately"
                     )
                 count, file_source, quantum = count + added, pair.source, pair.quantum
             if count:  # "rounding" is the quantum to which train.py rounds before it measures PSNR

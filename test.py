@@ -18,7 +18,6 @@ import shlex
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -43,9 +42,10 @@ from utils import run, shave, ssim, write_csv, write_file, ycbcr_to_rgb
 ROOT = Path(__file__).resolve().parent
 # Files in weights/.
 NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}
-NETWORKS |= {"photo": "srcnn_photo", "photo-luma": "srcnn_photo-luma"}
+NETWORKS |= {name: f"srcnn_{name}" for name in ("photo", "photo-hq", "photo-luma", "photo-luma-hq")}
 # Columns and labels in tables and images, which no folder of --results may have.
 RESERVED_NAMES = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
+HIGH_JPEG_QUALITY = 75  # from which the -hq networks are better
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 
@@ -89,8 +89,9 @@ def upscale_file(
     properties = metadata(image, planes.mode, target)
     # A format that cannot store the result is refused before the work begins.
     probe = Image.new(planes.mode, (max(size), 16))
-    with suppress(PIL.UnidentifiedImageError):  # PDF and others, which Pillow only writes
-        stored = Image.open(io.BytesIO(encode(probe, target, properties)))
+    content = io.BytesIO(encode(probe, target, properties))
+    if Image.registered_extensions()[target.suffix.lower()] in Image.OPEN:  # not only written
+        stored = Image.open(content)
         if planes.mode[0] in "IF" and stored.mode[0] not in "IF":
             raise InputError(f"{target}: cannot store more than 8 bits; use .tif")
         loses_alpha = planes.alpha is not None and not stored.has_transparency_data
@@ -118,7 +119,7 @@ def evaluate_files(args: argparse.Namespace) -> int:
         images = {path: relative for path, relative in images.items() if path in lr_paths}
     results = {}
     for folder in args.results:
-        results[folder] = match_images(args.images, [folder], args.scale, among=images)
+        results[folder] = match_images(args.images, [folder], args.scale, images)
         images = {path: relative for path, relative in images.items() if path in results[folder]}
     methods = [Path(folder).resolve().name for folder in results]
     if len(set(methods)) < len(methods) or set(methods) & set(RESERVED_NAMES):
@@ -171,7 +172,8 @@ def load_network(
         networks: those of this run by the paths of their files; each is loaded once.
         info: of an image of open_image. Without --network, compressed JPEG images get `photo`,
             which removes the blocks that the other networks sharpen, and restores the chroma that
-            most JPEG files store at half the resolution; the others get `photo-luma`.
+            most JPEG files store at half the resolution; the others get `photo-luma`. Those of
+            high quality get `photo-hq` and `photo-luma-hq`.
     """
     if args.weights_file:
         path = Path(args.weights_file)
@@ -181,6 +183,7 @@ def load_network(
         quality = info["jpeg_quality"] if info else None
         if not args.network and quality is not None and quality < CLEAN_JPEG_QUALITY:
             network = "photo" if info["chroma_subsampled"] else "photo-luma"
+            network += "-hq" if quality >= HIGH_JPEG_QUALITY else ""
             reason = f" for JPEG of quality {quality}"
         path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
         if not path.is_file():

@@ -509,7 +509,9 @@ def load_data(
     scores = [protocol_psnr(p.ilr, p.hr, args.scale, p.quantum) for p in large]
     measured = [p for p, psnr in zip(large, scores) if psnr < math.inf]
     if pairs and not measured:
-        raise InputError("--eval-file: images are too small, or bicubic's PSNR is infinite")
+        raise InputError(
+            "--eval-file: images are too small, or bicubic's PSNR is infinite; use others"
+        )
     data["num_ignored"] = len(pairs) - len(measured)
     if measured:
         data["bicubic_psnr"] = fmean(psnr for psnr in scores if psnr < math.inf)

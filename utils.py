@@ -254,7 +254,7 @@ def match_images(
     names: Sequence[str | Path],
     folders: Sequence[str | Path],
     scale: int,
-    among: Container[Path] | None = None,
+    results_of: Container[Path] | None = None,
 ) -> dict[Path, list[Path]]:
     """Return for each image the files in `folders` with its subfolder and name, see pair_key.
 
@@ -263,7 +263,7 @@ def match_images(
     Two images with equal keys are listed as each other's match, so that only_match refuses both.
 
     Args:
-        among: leave out other images.
+        results_of: the images to match, if `folders` contain results instead of LR images.
     """
     groups = [(names, folders)]
     if len(names) == len(folders):
@@ -271,23 +271,29 @@ def match_images(
     matches: dict[Path, list[Path]] = {}
     for group_names, group_folders in groups:
         images = find_images(group_names)
-        candidates = find_images(group_folders, include_results=True, folders_only=True)
-        if images.keys() & candidates.keys():
-            hr_images = marked(images, "HR|GT")
-            unmarked = {path: name for path, name in candidates.items() if path not in hr_images}
-            candidates = marked(candidates, "LR") or unmarked
-            rest = {path: name for path, name in images.items() if path not in candidates}
-            images = hr_images or rest
-        if not images:
-            raise InputError(f"{group_names[0]}: has no image but the LR images; name HR images")
-        if among is not None:
-            images = {path: name for path, name in images.items() if path in among}
+        candidates = find_images(group_folders, results_of is not None, folders_only=True)
+        if results_of is not None:
+            images = {path: name for path, name in images.items() if path in results_of}
+        if len(without(images, candidates)) < len(images):
+            lr_images = marked(candidates, "LR")
+            candidates = lr_images or candidates
+            if results_of is not None:
+                candidates = without(candidates, lr_images)
+            images = marked(images, "HR|GT") or images
+            images = without(images, candidates) or images
+            candidates = without(candidates, images)
         by_key: dict[tuple, list[Path]] = {}
         for path, name in [*candidates.items(), *images.items()]:
             by_key.setdefault(pair_key(name, scale), []).append(path)
         for path, name in images.items():
             matches[path] = [match for match in by_key[pair_key(name, scale)] if match != path]
     return matches
+
+
+def without(images: dict[Path, Path], others: Iterable[Path]) -> dict[Path, Path]:
+    """Return the images that are not among the others, whatever links lead to them."""
+    real_paths = set(map(os.path.realpath, others))
+    return {p: name for p, name in images.items() if os.path.realpath(p) not in real_paths}
 
 
 def marked(images: dict[Path, Path], role: str) -> dict[Path, Path]:
@@ -905,7 +911,7 @@ def run(main: Callable[[], int | None]) -> None:
     except InputError as error:
         report(error)
     except ImportError as error:  # a package that only one flag needs
-        report(InputError(f"{error}; pip install {error.name}"))
+        report(InputError(f"{error}; install it with pip"))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it

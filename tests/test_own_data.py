@@ -748,6 +748,33 @@ def test_several_methods_are_scored_in_one_table(call, scores, weights, pairs):
     assert np.allclose([float(cell) for cell in mean.split()[1:]], expected, atol=0.006)
 
 
+def test_results_of_test_py_among_lr_images_are_ignored(call, scores):
+    save("HR/a.png", grey(0, 48, 48)), save("LR/a.png", noise(16, 16).astype(U8))
+    assert call("test", "LR", "--scale", 3).status == 0
+    assert Path("LR/a_srcnn_x3.png").is_file()
+    (row,) = scores("--image-file", "HR", "--lr-dir", "LR", "--scale", 3)
+    assert row["bicubic_psnr"] < 20  # of noise
+    argv = "--images-dir", "HR", "--lr-dir", "LR", "--scale", 3, "--output-path", "a.h5", "--eval"
+    assert call("prepare", *argv) == (0, "a.h5: 1 image for x3\n", "")
+
+
+@pytest.mark.parametrize("other", ["absolute", "link"])
+def test_one_folder_under_two_names_has_no_lr_images(call, tmp_path, other):
+    save("D/a.png", grey(0, 48, 48))
+    Path("link").symlink_to("D")
+    folder = {"absolute": tmp_path / "D", "link": "link"}[other]
+    argv = "--images-dir", "D", "--lr-dir", folder, "--scale", 3, "--output-path", "a.h5"
+    assert refused(call("prepare", *argv), "D/a.png: --lr-dir has no file")
+
+
+def test_results_of_test_py_beside_the_images_are_scored(scores):
+    hr = grey(0, 48, 48)
+    save("D/a.png", hr), save("D/a_srcnn_x3.png", np.roll(hr, 1, 0))
+    for image in "D", "D/a.png":
+        (row,) = scores("--image-file", image, "--results", "D", "--scale", 3)
+        assert row["D_psnr"] == approx_psnr(np.roll(hr, 1, 0), hr)
+
+
 def test_results_in_a_subfolder_of_the_images_are_scored(scores):
     hr = grey(0, 48, 48)
     save("D/GT/a.png", hr), save("D/ours/a.png", np.roll(hr, 1, 0))

@@ -293,7 +293,7 @@ def test_a_lost_worker_is_one_line_and_a_saved_checkpoint(call, train_flags, las
     assert call("train", "--resume", last, "--num-workers", 0, "--num-epochs", epoch).status == 0
 
 
-@pytest.mark.parametrize("name", ["loss_fn", "H5Patches.__getitems__"])
+@pytest.mark.parametrize("name", ["Batches._transform", "loss_fn", "H5Patches.__getitems__"])
 def test_an_error_beside_workers_is_not_reported_as_a_lost_worker(train_flags, tmp_path, name):
     probe = write_probe(
         tmp_path / "probe.py",

@@ -687,7 +687,12 @@ def photo_network(tmp_path, monkeypatch) -> Path:
     for scale in 2, 3:
         for name in "srcnn", "srcnn_9-1-5":
             shutil.copy(ROOT / "weights" / f"{name}_x{scale}.pth", folder)
-        for name, num_channels in ("photo", 3), ("photo-luma", 1):
+        for name, num_channels in (
+            ("photo", 3),
+            ("photo-hq", 3),
+            ("photo-luma", 1),
+            ("photo-luma-hq", 1),
+        ):
             model = SRCNN(num_channels, (8, 6), (5, 3, 5))
             model.conv3.weight.data += 0.02 * torch.randn(model.conv3.weight.shape)
             state = model.state_dict()
@@ -700,12 +705,13 @@ def photo_network(tmp_path, monkeypatch) -> Path:
 CHOICES = [  # how an image is saved, flags, and what the line names
     ("a.jpg", {"quality": 60}, (), "photo x2 for JPEG of quality 60, back-projection 0"),
     ("a.jpg", {"quality": 20}, (), "photo x2 for JPEG of quality 20, back-projection 0"),
-    ("a.jpeg", {"quality": 94}, (), "photo x2 for JPEG of quality 94, back-projection 0"),
+    ("a.jpg", {"quality": 74}, (), "photo x2 for JPEG of quality 74, back-projection 0"),
+    ("a.jpeg", {"quality": 94}, (), "photo-hq x2 for JPEG of quality 94, back-projection 0"),
     (
         "a.jpg",
         {"quality": 75, "subsampling": 0, "progressive": True},
         (),
-        "photo x2 for JPEG of quality 75, back-projection 0",
+        "photo-hq x2 for JPEG of quality 75, back-projection 0",
     ),
     (
         "a.png",  # a JPEG with a wrong extension
@@ -739,7 +745,7 @@ def test_compressed_jpeg_images_get_the_photo_network(
 ):
     Image.fromarray(photo).convert(mode).save(tmp_path / name, **options)
     if mode == "L" or options.get("subsampling") == 0:  # no chroma of half the resolution
-        line = line.replace("photo x2 for", "photo-luma x2 for")
+        line = re.sub(r"photo(-hq)? x2 for", r"photo-luma\1 x2 for", line)
     output = tmp_path / "out.png"
     result = call("test", tmp_path / name, "--scale", 2, "--output", output, *flags)
     assert (result.status, result.err) == (0, "")
@@ -759,8 +765,8 @@ def test_each_image_of_a_folder_gets_its_network(call, photo, photo_network, tmp
     assert (result.status, result.err) == (0, "")
     lines = result.out.splitlines()[:-1]
     networks = [re.search(r"  (\S+ x3.*), back", line)[1] for line in lines]
-    photo_50, photo_80 = (f"photo x3 for JPEG of quality {quality}" for quality in (50, 80))
-    assert networks == [photo_50, "9-5-5 x3", photo_80, "9-5-5 x3"]
+    photo, photo_hq = "photo x3 for JPEG of quality 50", "photo-hq x3 for JPEG of quality 80"
+    assert networks == [photo, "9-5-5 x3", photo_hq, "9-5-5 x3"]
 
 
 def test_weights_of_a_file_and_an_evaluation_choose_no_network(
@@ -1232,7 +1238,7 @@ def test_onnx_file_describes_itself(call, tmp_path, network, kernel_sizes, chann
 def test_export_without_the_package_is_refused(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     result = call("test", "--export", tmp_path / "x.onnx", "--scale", 3)
-    assert refused(result, "onnx", "pip install onnx")
+    assert refused(result, "onnx", "install it with pip")
     assert not tree(tmp_path)
 
 

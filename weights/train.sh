@@ -4,7 +4,7 @@
 # trained first; stopped runs are resumed. Needs data/T91 (python prepare.py --download data).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, srcnn_photo-luma_x3, ...}
+name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, srcnn_photo-luma-hq_x3, ...}
 work=${2:-weights/work}
 scale=${name##*_x}
 network=${name%_x*}
@@ -48,17 +48,25 @@ srcnn_9-1-5)
     stage small luma "$scale" $small --init "$work/small/x3/best.pth" --steps 16000
   fi
   ;;
-srcnn_rgb | srcnn_photo | srcnn_photo-luma)
+srcnn_rgb | srcnn_photo | srcnn_photo-hq | srcnn_photo-luma | srcnn_photo-luma-hq)
   flags=()
-  [ "$network" = srcnn_photo-luma ] || flags+=(--num-channels 3)
-  [ "$network" = srcnn_rgb ] || flags+=(--jpeg 15 100)
-  h5 "$network" "$scale" "${flags[@]}"
-  stage "$network" "$network" "$scale" --batch-size 16 --steps 21000
-  last=$network
-  if [ "$name" = srcnn_rgb_x2 ]; then
-    stage rgb-second srcnn_rgb 2 --init "$work/srcnn_rgb/x2/best.pth" --lr 0.004 --steps 8000 --bf16 0.6
+  case $network in *luma*) ;; *) flags+=(--num-channels 3) ;; esac
+  last=${network%-hq}
+  case $network in srcnn_rgb) jpeg=() ;; *) jpeg=(--jpeg 15 100) ;; esac
+  h5 "$last" "$scale" "${flags[@]}" "${jpeg[@]}"
+  stage "$last" "$last" "$scale" --batch-size 16 --steps 21000
+  lower=(--init "$work/$last/x$scale/best.pth" --lr 0.004) # half the learning rate
+  case $name in
+  srcnn_rgb_x2)
+    stage rgb-second srcnn_rgb 2 "${lower[@]}" --steps 8000 --bf16 0.6
     last=rgb-second
-  fi
+    ;;
+  *-hq_*)
+    h5 "$network" "$scale" "${flags[@]}" --jpeg 65 100
+    stage "$network" "$network" "$scale" --batch-size 16 "${lower[@]}" --steps 5000
+    last=$network
+    ;;
+  esac
   ;;
 *) echo "$name: unknown" >&2; exit 2 ;;
 esac
