@@ -39,7 +39,7 @@ CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for 
 def make_pairs(
     args: argparse.Namespace, images: dict, lr_paths: dict, factors: list[float], failed: list
 ) -> Iterator[tuple[object, Pair]]:
-    """Yield (path, Pair) for every image, and for its copies downscaled by the factors.
+    """Yield (path, Pair) for every image, and (None, Pair) for its copies by the factors.
 
     The LR image is that of --lr-dir, with --jpeg a JPEG of random quality, or the protocol's.
 
@@ -62,7 +62,7 @@ def make_pairs(
                 quality = int(rng.integers(args.jpeg[0], args.jpeg[1] + 1)) if args.jpeg else None
                 pair = make_pair(copy, lr_image, args.scale, args.num_channels, args.range, quality)
                 pair.name = name
-                yield path if factor == 1 else f"{path} ({factor:g} of its size)", pair
+                yield path if factor == 1 else None, pair
 
 
 # --- synthetic images -----------------------------------------------------------------------
@@ -187,8 +187,9 @@ def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes:
                 else:
                     added = append_image(file, pair)
                 target.check()
-                if not added:
+                if not added and name:  # that a copy is too small is no news
                     print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
+                if not added:
                     continue
                 if file_source not in (None, pair.source):
                     raise InputError(

@@ -282,6 +282,8 @@ def encode(image: Image.Image, path: Path, properties: dict | None = None) -> by
         InputError: the format is unknown, or cannot store such an image.
     """
     image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
+        raise InputError(f"{path}: is of no format that can be written; use .png")
     options = SAVE_OPTIONS.get(image_format, {}) | (properties or {})
     content = io.BytesIO()  # Pillow's encoders do not report every failed write to a file
     content.name = path.name
@@ -570,9 +572,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("network")
     add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-s", "--scale", type=whole_scale, help="default: from the flags below, or 3")
-    one_of("--network", choices=tuple(NETWORKS), help="default: photo for JPEG images, else 9-5-5")
-    one_of("--weights-file", help="other weights; a name or folder such as x3 implies the scale")
-    add("--self-ensemble", action="store_true", help="mean of 8 rotations; 8 times slower")
+    one_of(
+        "--network", choices=tuple(NETWORKS), help="default: by the file, 9-5-5 or a photo network"
+    )
+    one_of("--weights-file", help="other weights (train.py stores their scale)")
+    add(
+        "--self-ensemble", action="store_true", help="mean of 8 flips and rotations; 8 times slower"
+    )
     add(
         "--back-projection",
         type=number(int, 0, 101),
@@ -584,13 +590,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output and evaluation")
     add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-o", "--output", help="file or folder (default: NAME_srcnn_xS.png beside NAME)")
-    one_of("--outscale", type=number(float, 1, 64), metavar="F", help="any factor, such as 2.5")
+    one_of(
+        "--outscale", type=number(float, 1, 64), metavar="F", help="any factor up to 4, such as 2.5"
+    )
     one_of("--width", type=number(int, 1), metavar="N", help="of the result, in pixels")
     one_of("--height", type=number(int, 1), metavar="N", help="of the result, in pixels")
     add("--ext", metavar="png|jpg|...", help="format of the results (default: png)")
     add("--skip-existing", action="store_true", help="do not write results that exist")
     add("--tile-edges", choices=("edge", "wrap"), default="edge", help="wrap: seamless texture")
-    add("--save-images", metavar="DIR", help="write bicubic and SRCNN side by side")
+    add("--save-images", metavar="DIR", help="write bicubic and SRCNN, also side by side")
     add("--report", metavar="FILE.html", help="write a page to compare bicubic and SRCNN")
     one_of("--export", metavar="FILE.onnx", help="write the network for other programs")
     one_of("--eval", action="store_true", help="downscale the images, restore them, and measure")

@@ -274,7 +274,7 @@ def train(
     output = RunFolder(args) if rank == 0 else NoOutput()
     if checkpoint:
         output.write_derived_files(state)  # in case they were lost
-        output.print(f"{args.resume}: resuming in epoch {state.epoch}, step {state.epoch_step}")
+        output.print(f"{args.resume}: resuming after step {state.global_step:,}")
     else:
         output.save(state)
     output.print_summary(state, batches, pairs)
@@ -555,7 +555,7 @@ class RunFolder:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.path = Path(args.outputs_dir, f"x{args.scale}")
-        self.writer, self.baseline = None, "none; best.pth will have the last weights"
+        self.writer, self.baseline = None, ""
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
         if args.resume:
@@ -624,9 +624,13 @@ class RunFolder:
             f"patches     {len(patches):,} of {' x '.join(map(str, patches.patch_shape))}, "
             f"{patches.nbytes / 1e6:,.0f} MB {'from disk' if batches.stream else 'in memory'}"
         )
+        evaluation = "none; best.pth will have the last weights"
         if pairs:
             self.baseline = f"bicubic {state.data['bicubic_psnr']:.2f} dB"
-        self.print(f"evaluation  {count_of(len(pairs), 'image')}, {self.baseline}")
+            evaluation = f"{count_of(len(pairs), 'image')}, {self.baseline}"
+            if args.init not in INITS and not args.resume:
+                evaluation += f", {args.init} {state.best_psnr:.2f} dB"
+        self.print(f"evaluation  {evaluation}")
         if state.data["num_ignored"]:
             ignored = count_of(state.data["num_ignored"], "image")
             self.print(f"ignoring    {ignored} too small or with infinite bicubic PSNR")
@@ -804,7 +808,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=number(float, 1e-3), help="length in minutes instead")
     add("--optimizer", choices=tuple(LEARNING_RATES), default="adam", help="(default: adam)")
     add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
-    add("--last-layer-lr", type=number(float, 0), default=0.1, help="factor of --lr (default: 0.1)")
+    add(
+        "--last-layer-lr",
+        type=number(float, 0),
+        default=0.1,
+        help="as a factor of --lr (default: 0.1)",
+    )
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
     add(
@@ -827,7 +836,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--outputs-dir", default="outputs", help="(default: outputs)")
-    add("--resume", nargs="?", const="", metavar="FILE", help="continue the run of a last.pth")
+    add(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="continue a run (FILE: outputs-dir/xS/last.pth)",
+    )
     add("--auto-resume", action="store_true", help="resume outputs-dir/xS/last.pth if it exists")
     add("--eval-every", type=number(int, 1), metavar="N", help="steps between evaluations")
     add("--save-every", type=number(int, 0), default=0, metavar="N", help="also keep epoch_N.pth")

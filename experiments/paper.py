@@ -358,10 +358,7 @@ EXPERIMENTS = {
             ("Muon", network("9-1-5")),
         )
     ],
-    "seen": [
-        Variant(name, None, "4.2, figures 5, 6", draw, needs_images=False)
-        for name in ("filters, x2 and x3", "feature maps")
-    ],
+    "seen": [Variant("filters, feature maps", None, "4.2, figures 5, 6", draw, needs_images=False)],
     "initialisation": [
         trained_variant(
             f"{init}, last layer {lr:g}",
@@ -408,7 +405,7 @@ def matching(rows: list[dict], args: argparse.Namespace, experiment: str, varian
     ]
 
 
-def print_table(rows: list[dict], args: argparse.Namespace, experiment: str) -> None:
+def print_table(rows: list[dict], args: argparse.Namespace, experiment: str, path: Path) -> None:
     """Print our PSNR beside the paper's: the mean over the seeds, and the range."""
     titles = f"{'set':14}{'paper dB':>10}{'our dB':>10}  {'range over seeds':22}"
     print(f"\n{experiment:28}{titles}{'parameters':>10}{'seconds':>10}")
@@ -427,7 +424,7 @@ def print_table(rows: list[dict], args: argparse.Namespace, experiment: str) -> 
             end = f"{of_set[0]['parameters'] or '-':>10}{of_set[0]['seconds'] or '-':>10}"
             print(f"{variant.name:28}{name:14}{paper:>10}{ours:>10}  {spread:22}{end}")
     commits, seeds = (", ".join(sorted({s[i] for s in sources if s[i]})) for i in (0, 1))
-    print(f"from {args.results} (commit {commits}; seed {seeds}); --results FILE trains again")
+    print(f"from {path} (commit {commits}; seed {seeds}); --results FILE trains again")
 
 
 def current_commit() -> str:
@@ -453,7 +450,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sets", nargs="+", default=["data/Set5", "data/Set14"], metavar="DIR", help="to score")
     work = Path(__file__).with_name("work")
     add("--work-dir", default=str(work), help="h5 files, weights, histories (default: %(default)s)")
-    add("--results", default=str(work.with_name("results.csv")), help="(default: %(default)s)")
+    add("--results", help="file to which rows are added (default: results.csv, which is only read)")
     return parser
 
 
@@ -476,27 +473,33 @@ def main(args: argparse.Namespace) -> None:
         return
     if not experiments or not {*experiments} <= {*EXPERIMENTS, "all"}:
         names = " ".join(experiments) or "no experiment"
-        raise InputError(f"{names}: choose from all, {', '.join(EXPERIMENTS)}")
+        raise InputError(f"{names}: choose from all, protocol, {', '.join(EXPERIMENTS)}")
     experiments = list(EXPERIMENTS) if "all" in experiments else experiments
-    path = Path(args.results)
+    path = Path(args.results or Path(__file__).with_name("results.csv"))
     set_names = {f"{Path(s).name} {plane}".strip() for s in args.sets for plane in ("", *PLANES)}
-    check_outputs([("--results", args.results)], [])
+    check_outputs([("--results", path)], [])
     rows = read_results(path)
     jobs = [(e, v, seed) for e in experiments for v in EXPERIMENTS[e] for seed in args.seeds]
     for i, (experiment, variant, seed) in enumerate(jobs, 1):
         done = matching(rows, args, experiment, variant)
         if any(row["seed"] == str(seed) and row["set"] in set_names for row in done):
             continue
+        if not args.results and variant.needs_images:
+            raise InputError(
+                f"{experiment}: {path} has no row with these flags; pass --results FILE to train"
+            )
         print(f"\n[{i}/{len(jobs)}] {experiment}: {variant.name}, seed {seed}", flush=True)
         if variant.needs_images:
             find_images(args.sets, folders_only=True)
         common = dict.fromkeys(COLUMNS) | {"experiment": experiment, "variant": variant.name}
         common |= {"seed": seed, "commit": current_commit()}
         new_rows = [common | row for row in variant.measure(args, variant, seed)]
-        write_csv(path, COLUMNS, rows + new_rows)
-        rows = read_results(path)  # all values as text
+        if new_rows:
+            write_csv(path, COLUMNS, rows + new_rows)
+            rows = read_results(path)  # all values as text
     for experiment in experiments:
-        print_table(rows, args, experiment)
+        if any(row["experiment"] == experiment for row in rows):
+            print_table(rows, args, experiment, path)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_a_killed_run_is_resumed_and_its_histories_become_figures(argv, tmp_path
     assert [row["parameters"] for row in rows] == ["20160", "8032", "3504"]
     assert {row["set"] for row in rows} == {"Set5"}
     assert {(row["steps"], row["batch"], row["seed"]) for row in rows} == {("20", "16", "1")}
-    assert result.out.count("resuming in epoch") == 1  # the third variant starts a new run
+    assert result.out.count("resuming after step") == 1  # the third variant starts a new run
     assert result.out.count("$ python train.py --train-file") == 2
     table = result.out.splitlines()[-4:-1]
     assert [line.split()[0] for line in table] == ["128-64", "64-32", "32-16"]

@@ -458,7 +458,7 @@ def test_torchrun_restarts_a_killed_process_from_the_checkpoint(pair, tmp_path, 
     flags = [*pair[1], "--outputs-dir", tmp_path / "out", "--auto-resume"]
     result = call_script(*TORCHRUN, "--max-restarts=1", probe, *flags)
     assert result.status == 0, result.err
-    assert f"{last}: resuming in epoch 3, step 0" in result.out
+    assert f"{last}: resuming after step 8" in result.out
     assert [row["epoch"] for row in history(last.parent)] == list("12345")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["x3"]
     assert_same_weights(last, pair[0])

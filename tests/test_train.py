@@ -520,7 +520,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     last = folder / "last.pth"
     result = call("train", "--resume", last, "--num-epochs", 5)
     assert (result.status, result.err) == (0, "")
-    assert f"{last}: resuming in epoch 3, step 0" in result.out
+    assert f"{last}: resuming after step 8" in result.out
     assert same_run(last, tmp_path / "whole/x3/last.pth")
     assert [row["epoch"] for row in history(folder)] == list("12345")
 
@@ -618,7 +618,7 @@ def test_auto_resume_continues_a_run_or_starts_a_new_one(call, train_flags, fold
     assert refused(call("train", *train_flags, "--lr", 0.5), "--lr", "was trained with")
     result = call("train", *train_flags, "--num-epochs", 5)
     assert (result.status, result.err) == (0, "")
-    assert f"{folder / 'last.pth'}: resuming in epoch 4, step 0" in result.out
+    assert f"{folder / 'last.pth'}: resuming after step 12" in result.out
     assert [path.name for path in folder.parent.iterdir()] == ["x3"]
     call("train", *train_flags, "--num-epochs", 5, "--outputs-dir", tmp_path / "whole")
     assert same_run(folder / "last.pth", tmp_path / "whole/x3/last.pth")

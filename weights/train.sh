@@ -4,11 +4,12 @@
 # trained first; stopped runs are resumed. Needs data/T91 (python prepare.py --download data).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-name=${1:?name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, srcnn_photo-luma-hq_x3, ...}
+usage="name a file: srcnn_x2, srcnn_9-1-5_x3, srcnn_rgb_x4, srcnn_photo_x2, srcnn_photo-luma-hq_x3, ..."
+name=${1:-}
 work=${2:-weights/work}
 scale=${name##*_x}
 network=${name%_x*}
-case $scale in 2 | 3 | 4) ;; *) echo "$name: must end in _x2, _x3 or _x4" >&2; exit 2 ;; esac
+case $scale in 2 | 3 | 4) ;; *) echo "$usage; it ends in _x2, _x3 or _x4" >&2; exit 2 ;; esac
 mkdir -p "$work"
 
 h5() { # h5 NAME SCALE FLAGS...: the patches of T91
@@ -68,7 +69,7 @@ srcnn_rgb | srcnn_photo | srcnn_photo-hq | srcnn_photo-luma | srcnn_photo-luma-h
     ;;
   esac
   ;;
-*) echo "$name: unknown" >&2; exit 2 ;;
+*) echo "$name: unknown; $usage" >&2; exit 2 ;;
 esac
 cp "$work/$last/x$scale/best.pth" "$work/$name.pth"
 echo "$work/$name.pth"
