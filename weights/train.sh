@@ -49,25 +49,24 @@ srcnn_9-1-5)
     stage small luma "$scale" $small --init "$work/small/x3/best.pth" --steps 16000
   fi
   ;;
-srcnn_rgb | srcnn_photo | srcnn_photo-hq | srcnn_photo-luma | srcnn_photo-luma-hq)
-  flags=()
-  case $network in *luma*) ;; *) flags+=(--num-channels 3) ;; esac
-  last=${network%-hq}
-  case $network in srcnn_rgb) jpeg=() ;; *) jpeg=(--jpeg 15 100) ;; esac
-  h5 "$last" "$scale" "${flags[@]}" "${jpeg[@]}"
-  stage "$last" "$last" "$scale" --batch-size 16 --steps 21000
-  lower=(--init "$work/$last/x$scale/best.pth" --lr 0.004) # half the learning rate
-  case $name in
-  srcnn_rgb_x2)
-    stage rgb-second srcnn_rgb 2 "${lower[@]}" --steps 8000 --bf16 0.6
+srcnn_rgb)
+  h5 rgb "$scale" --num-channels 3
+  stage rgb rgb "$scale" --batch-size 16 --steps 21000
+  last=rgb
+  if [ "$scale" = 2 ]; then
+    stage rgb-second rgb 2 --init "$work/rgb/x2/best.pth" --lr 0.004 --steps 8000 --bf16 0.6
     last=rgb-second
-    ;;
-  *-hq_*)
-    h5 "$network" "$scale" "${flags[@]}" --jpeg 65 100
-    stage "$network" "$network" "$scale" --batch-size 16 "${lower[@]}" --steps 5000
-    last=$network
-    ;;
-  esac
+  fi
+  ;;
+srcnn_photo | srcnn_photo-hq | srcnn_photo-luma | srcnn_photo-luma-hq)
+  case $network in *luma*) first=jpeg-luma channels=1 ;; *) first=jpeg channels=3 ;; esac
+  case $network in *-hq) range="65 100" ;; *) range="15 70" ;; esac
+  h5 $first "$scale" --num-channels $channels --jpeg 15 100
+  stage $first $first "$scale" --batch-size 16 --steps 21000
+  h5 "$network" "$scale" --num-channels $channels --jpeg $range
+  stage "$network" "$network" "$scale" --batch-size 16 --steps 5000 \
+    --init "$work/$first/x$scale/best.pth" --lr 0.004
+  last=$network
   ;;
 *) echo "$name: unknown; $usage" >&2; exit 2 ;;
 esac
