@@ -40,12 +40,10 @@ from utils import Planes, protocol_psnr, psnr, quantize, read_levels, report_err
 from utils import run, shave, ssim, write_csv, write_file, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
-# Files in weights/.
-NETWORKS = {"9-5-5": "srcnn", "9-1-5": "srcnn_9-1-5", "rgb": "srcnn_rgb"}
-NETWORKS |= {name: f"srcnn_{name}" for name in ("photo", "photo-hq", "photo-luma", "photo-luma-hq")}
+NETWORKS = "9-5-5", "9-1-5", "rgb", "photo", "photo-luma"
 # Columns and labels in tables and images, which no folder of --results may have.
 RESERVED_NAMES = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
-HIGH_JPEG_QUALITY = 75  # from which the -hq networks are better
+HIGH_JPEG_QUALITY = 70  # from which photo and photo-luma have other weights
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 
@@ -172,20 +170,21 @@ def load_network(
         networks: those of this run by the paths of their files; each is loaded once.
         info: of an image of open_image. Without --network, compressed JPEG images get `photo`,
             which removes the blocks that the other networks sharpen, and restores the chroma that
-            most JPEG files store at half the resolution; the others get `photo-luma`. Those of
-            high quality get `photo-hq` and `photo-luma-hq`.
+            most JPEG files store at half the resolution; the others get `photo-luma`.
     """
     if args.weights_file:
         path = Path(args.weights_file)
         description = f"{path.name} x{scale}"
     else:
         network, reason = args.network or "9-5-5", ""
-        quality = info["jpeg_quality"] if info else None
-        if not args.network and quality is not None and quality < CLEAN_JPEG_QUALITY:
+        quality = args.jpeg or (info or {}).get("jpeg_quality") or 100
+        if info and not args.network and quality < CLEAN_JPEG_QUALITY:
             network = "photo" if info["chroma_subsampled"] else "photo-luma"
-            network += "-hq" if quality >= HIGH_JPEG_QUALITY else ""
             reason = f" for JPEG of quality {quality}"
-        path = ROOT / "weights" / f"{NETWORKS[network]}_x{scale}.pth"
+        if network.startswith("photo") and quality >= HIGH_JPEG_QUALITY:
+            network += "-hq"
+        name = "srcnn" if network == "9-5-5" else f"srcnn_{network}"
+        path = ROOT / "weights" / f"{name}_x{scale}.pth"
         if not path.is_file():
             raise InputError(f"--scale {scale}: no {path}; use 2, 3 or 4, or --weights-file")
         description = f"{network} x{scale}{reason}"
@@ -572,9 +571,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("network")
     add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-s", "--scale", type=whole_scale, help="default: from the flags below, or 3")
-    one_of(
-        "--network", choices=tuple(NETWORKS), help="default: by the file, 9-5-5 or a photo network"
-    )
+    one_of("--network", choices=NETWORKS, help="default: by the file, 9-5-5 or a photo network")
     one_of("--weights-file", help="other weights (train.py stores their scale)")
     add(
         "--self-ensemble", action="store_true", help="mean of 8 flips and rotations; 8 times slower"

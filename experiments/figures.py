@@ -24,7 +24,7 @@ try:
     from matplotlib import pyplot
     from skimage import data as skimage_data
 except ImportError:
-    matplotlib = None
+    matplotlib = pyplot = None  # see require_matplotlib
 
 from models import load_srcnn
 from paper import BATCH_SIZE, EXPERIMENTS, history_path, matching, read_results, read_rows
@@ -56,7 +56,8 @@ def draw_curves(args: argparse.Namespace, experiment: str, path: Path) -> None:
     for variant in EXPERIMENTS[experiment]:
         history = history_path(args, variant, args.seed)
         if not history.is_file():
-            print(f"{history}: missing; run paper.py {experiment} first", file=sys.stderr)
+            command = f"paper.py {experiment} --results FILE"
+            print(f"{history}: missing; run {command} first", file=sys.stderr)
             continue
         rows = read_rows(history)
         steps = np.linspace(0, args.steps, len(rows) + 1)[1:]

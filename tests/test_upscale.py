@@ -705,7 +705,8 @@ def photo_network(tmp_path, monkeypatch) -> Path:
 CHOICES = [  # how an image is saved, flags, and what the line names
     ("a.jpg", {"quality": 60}, (), "photo x2 for JPEG of quality 60, back-projection 0"),
     ("a.jpg", {"quality": 20}, (), "photo x2 for JPEG of quality 20, back-projection 0"),
-    ("a.jpg", {"quality": 74}, (), "photo x2 for JPEG of quality 74, back-projection 0"),
+    ("a.jpg", {"quality": 69}, (), "photo x2 for JPEG of quality 69, back-projection 0"),
+    ("a.jpg", {"quality": 70}, (), "photo-hq x2 for JPEG of quality 70, back-projection 0"),
     ("a.jpeg", {"quality": 94}, (), "photo-hq x2 for JPEG of quality 94, back-projection 0"),
     (
         "a.jpg",
@@ -727,8 +728,9 @@ CHOICES = [  # how an image is saved, flags, and what the line names
     ("a.tif", {}, (), "9-5-5 x2, back-projection 1"),
     ("a.jpg", {"quality": 60}, ("--network", "9-5-5"), "9-5-5 x2, back-projection 1"),
     ("a.jpg", {"quality": 60}, ("--network", "9-1-5"), "9-1-5 x2, back-projection 1"),
-    ("a.jpg", {"quality": 98}, ("--network", "photo"), "photo x2, back-projection 0"),
-    ("a.png", {}, ("--network", "photo"), "photo x2, back-projection 0"),
+    ("a.jpg", {"quality": 60}, ("--network", "photo"), "photo x2, back-projection 0"),
+    ("a.jpg", {"quality": 98}, ("--network", "photo"), "photo-hq x2, back-projection 0"),
+    ("a.png", {}, ("--network", "photo-luma"), "photo-luma-hq x2, back-projection 0"),
     (
         "a.jpg",
         {"quality": 60},
@@ -751,8 +753,8 @@ def test_compressed_jpeg_images_get_the_photo_network(
     assert (result.status, result.err) == (0, "")
     assert f"{output}  90 x 120 -> 180 x 240  {line}  " in result.out
     network, steps = line.split()[0], int(line.split()[-1])
-    file = test_script.NETWORKS[network]
-    model = load_srcnn(photo_network / f"{file}_x2.pth")
+    name = "srcnn" if network == "9-5-5" else f"srcnn_{network}"
+    model = load_srcnn(photo_network / f"{name}_x2.pth")
     expected = upscale(Image.open(tmp_path / name), model, 2, back_projection=steps)
     assert nearly_equal(pixels(output), np.asarray(expected))
 
