@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent
 NETWORKS = "9-5-5", "9-1-5", "rgb", "photo", "photo-luma"
 # Columns and labels in tables and images, which no folder of --results may have.
 RESERVED_NAMES = ("original", "bicubic", "srcnn", "upscaled", "SRCNN")
-HIGH_JPEG_QUALITY = 70  # from which photo and photo-luma have other weights
+HIGH_JPEG_QUALITY = 65  # from which photo and photo-luma have other weights
 CLEAN_JPEG_QUALITY = 95  # from which a JPEG is upscaled like an uncompressed image
 
 

@@ -705,8 +705,8 @@ def photo_network(tmp_path, monkeypatch) -> Path:
 CHOICES = [  # how an image is saved, flags, and what the line names
     ("a.jpg", {"quality": 60}, (), "photo x2 for JPEG of quality 60, back-projection 0"),
     ("a.jpg", {"quality": 20}, (), "photo x2 for JPEG of quality 20, back-projection 0"),
-    ("a.jpg", {"quality": 69}, (), "photo x2 for JPEG of quality 69, back-projection 0"),
-    ("a.jpg", {"quality": 70}, (), "photo-hq x2 for JPEG of quality 70, back-projection 0"),
+    ("a.jpg", {"quality": 64}, (), "photo x2 for JPEG of quality 64, back-projection 0"),
+    ("a.jpg", {"quality": 65}, (), "photo-hq x2 for JPEG of quality 65, back-projection 0"),
     ("a.jpeg", {"quality": 94}, (), "photo-hq x2 for JPEG of quality 94, back-projection 0"),
     (
         "a.jpg",
@@ -753,8 +753,8 @@ def test_compressed_jpeg_images_get_the_photo_network(
     assert (result.status, result.err) == (0, "")
     assert f"{output}  90 x 120 -> 180 x 240  {line}  " in result.out
     network, steps = line.split()[0], int(line.split()[-1])
-    name = "srcnn" if network == "9-5-5" else f"srcnn_{network}"
-    model = load_srcnn(photo_network / f"{name}_x2.pth")
+    file = "srcnn" if network == "9-5-5" else f"srcnn_{network}"
+    model = load_srcnn(photo_network / f"{file}_x2.pth")
     expected = upscale(Image.open(tmp_path / name), model, 2, back_projection=steps)
     assert nearly_equal(pixels(output), np.asarray(expected))
 
@@ -769,6 +769,22 @@ def test_each_image_of_a_folder_gets_its_network(call, photo, photo_network, tmp
     networks = [re.search(r"  (\S+ x3.*), back", line)[1] for line in lines]
     photo, photo_hq = "photo x3 for JPEG of quality 50", "photo-hq x3 for JPEG of quality 80"
     assert networks == [photo, "9-5-5 x3", photo_hq, "9-5-5 x3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "file"), [((), "-hq"), (("--jpeg", 64), ""), (("--jpeg", 65), "-hq")]
+)
+def test_an_evaluation_uses_the_photo_weights_of_its_quality(
+    call, photo, photo_network, tmp_path, flags, file
+):
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    weights = photo_network / f"srcnn_photo-luma{file}_x2.pth"
+    rows = []
+    for network in ("--network", "photo-luma"), ("--weights-file", weights):
+        argv = tmp_path / "a.png", "--scale", 2, "--csv", tmp_path / "s.csv", *flags, *network
+        assert call("test", "--eval", *argv).status == 0
+        rows.append(read_scores(tmp_path / "s.csv"))
+    assert rows[0] == rows[1]
 
 
 def test_weights_of_a_file_and_an_evaluation_choose_no_network(
