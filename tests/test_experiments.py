@@ -102,7 +102,7 @@ def test_a_killed_run_is_resumed_and_its_histories_become_figures(argv, tmp_path
     assert done.returncode == 0, done.stderr
     names = "convergence", "features", "filters", "sizes"
     assert sorted(tree(figures)) == [f"{name}.png" for name in names]
-    assert "run paper.py depth first" in done.stderr
+    assert "run paper.py depth --results FILE first" in done.stderr
 
 
 def test_every_colour_strategy_has_a_row_for_each_plane(argv, tmp_path):
