@@ -78,7 +78,7 @@ class H5Patches(Dataset):
 
     def __init__(self, paths: Sequence[str | Path], scale: int | None, halo: int) -> None:
         self.paths = list(paths)
-        self.starts, self.datasets, self.attributes, shapes = [0], None, {}, []
+        self.starts, self.opened, self.attributes, shapes = [0], {}, {}, []
         for path in paths:
             with open_input(path, "h5 file", HINT), h5py.File(path, "r") as file:
                 attributes = read_layout(file, False, scale)
@@ -107,7 +107,7 @@ class H5Patches(Dataset):
         return 2 * 4 * len(self) * math.prod(self.patch_shape)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"datasets": None}  # open h5 files cannot be sent to a process
+        return self.__dict__ | {"opened": {}}  # open h5 files cannot be sent to a process
 
     def load(self) -> list[torch.Tensor]:
         """Return all of ilr and all of hr: N x C x P x P."""
@@ -122,15 +122,14 @@ class H5Patches(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         """Return ilr and hr of these patches in this order, n x C x P x P."""
-        self.datasets = self.datasets or [None] * len(self.paths)
         pair = np.empty((2, len(indices), *self.patch_shape), np.float32)
         for i, index in enumerate(indices):
             k = np.searchsorted(self.starts, index, "right") - 1
             with open_input(self.paths[k], "h5 file", HINT):
-                if not self.datasets[k]:  # looking datasets up for every patch is slow
+                if k not in self.opened:  # looking datasets up for every patch is slow
                     file = h5py.File(self.paths[k], "r")
-                    self.datasets[k] = file["lr"], file["hr"]
-                for planes, dataset in zip(pair, self.datasets[k]):
+                    self.opened[k] = file["lr"], file["hr"]
+                for planes, dataset in zip(pair, self.opened[k]):
                     planes[i] = read_finite(dataset, int(index - self.starts[k]))
         return [torch.from_numpy(planes) for planes in pair]
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from utils import add_image_flags, apply_image_flags, ArgumentParser, atomic_path, check_outputs
 from utils import count_of, find_images, InputError, make_pair, match_images, number, only_match
-from utils import open_image, Pair, raise_exit, report_errors, run, set_signal_handlers, write_file
+from utils import open_image, Pair, raise_exit, skip_on_error, run, set_signal_handlers, write_file
 
 LAYOUT_VERSION = 1
 CHUNK_BYTES = 64 << 10  # small enough to read single patches, large enough for a short index
@@ -50,7 +50,7 @@ def make_pairs(
     """
     rng = np.random.default_rng(args.seed)
     for path, name in images.items():
-        with report_errors(path, failed):
+        with skip_on_error(path, failed):
             image, lr_image = dead_leaves(path) if args.synthetic else open_image(path), None
             if lr_paths:
                 lr_image = open_image(only_match(path, lr_paths[path], "--lr-dir"))
@@ -177,7 +177,7 @@ def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes:
     Raises:
         InputError: images of different value ranges or bit depths.
     """
-    count, file_source = 0, None
+    count, sample_format = 0, None
     with DeferredErrors(path) as target:
         with h5py.File(target, "w") as file:
             for name, pair in pairs:
@@ -191,14 +191,14 @@ def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes:
                     print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
                 if not added:
                     continue
-                if file_source not in (None, pair.source):
+                if sample_format not in (None, pair.sample_format):
                     raise InputError(
-                        f"{name}: has {pair.source['bit_depth']} bits per value, the images before "
-                        f"it {file_source['bit_depth']}; prepare them separately"
+                        f"{name}: has {pair.sample_format['bit_depth']} bits per value, the "
+                        f"others {sample_format['bit_depth']}; prepare them separately"
                     )
-                count, file_source, quantum = count + added, pair.source, pair.quantum
+                count, sample_format, quantum = count + added, pair.sample_format, pair.quantum
             if count:  # "rounding" is the quantum to which train.py rounds before it measures PSNR
-                file.attrs.update(attributes | file_source | {"rounding": quantum})
+                file.attrs.update(attributes | sample_format | {"rounding": quantum})
         set_signal_handlers(raise_exit)
         target.check()
     return count

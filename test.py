@@ -36,7 +36,7 @@ from models import restore, to_onnx, upscale
 from utils import add_image_flags, apply_image_flags, ArgumentParser, bicubic_pair, check_outputs
 from utils import collect_warnings, count_of, crop_to_multiple, decode, find_images, InputError
 from utils import luma, make_pair, match_images, number, only_match, open_image, Pair
-from utils import Planes, protocol_psnr, psnr, quantize, read_levels, report_errors, rgb_to_ycbcr
+from utils import Planes, protocol_psnr, psnr, quantize, read_levels, skip_on_error, rgb_to_ycbcr
 from utils import run, shave, ssim, write_csv, write_file, ycbcr_to_rgb
 
 ROOT = Path(__file__).resolve().parent
@@ -58,7 +58,7 @@ def upscale_files(args: argparse.Namespace) -> int:
         if args.skip_existing and any(result.exists() for result in results):
             skipped += 1
             continue
-        with report_errors(path, failed):
+        with skip_on_error(path, failed):
             upscale_file(path, outputs[path], networks, entries, args)
     written = len(images) - skipped - len(failed)
     if args.report and written:
@@ -126,7 +126,7 @@ def evaluate_files(args: argparse.Namespace) -> int:
     networks, entries, failed, rows = {}, [], [], []
     model, _ = load_network(args, args.scale, networks)
     for path, relative in tqdm(images.items(), "files", leave=False, disable=None):
-        with report_errors(path, failed):
+        with skip_on_error(path, failed):
             lr_path = only_match(path, lr_paths[path], "--lr-dir") if args.lr_dir else None
             for pair in read_pairs(path, lr_path, relative.as_posix(), model, args):
                 sr_images = restore_pair(model, pair, args)
@@ -219,8 +219,9 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
         For each image the "result" (and as "tiff" its name for values that PNG cannot store),
         and "comparison", "bicubic" and "srcnn" of --save-images.
     """
-    size_suffix = f"w{args.width}" if args.width else f"h{args.height}" if args.height else None
-    size_suffix = size_suffix or f"x{args.outscale or args.scale:g}"
+    size_suffix = f"x{args.outscale or args.scale or 0:g}"
+    if args.width or args.height:
+        size_suffix = f"w{args.width}" if args.width else f"h{args.height}"
     outputs: dict[Path, dict[str, Path]] = {path: {} for path in images}
     if args.save_images:
         for path, stem in unique_stems(images).items():
@@ -234,7 +235,7 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
             len(images) > 1 or (args.ext and output.suffix.lower() != extension.lower())
         ):
             raise InputError(f"--output {output}: names one file in one format; name a folder")
-        # Without --output the results lie beside the images.
+        # Below --output subfolders are mirrored; without it the results lie beside the images.
         stems = unique_stems(images if args.output else {path: path for path in images})
         for path, stem in stems.items():
             result = output if is_file else output / f"{stem}_srcnn_{size_suffix}{extension}"

@@ -361,7 +361,7 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def make_optimizers(model: SRCNN, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
     """Return the optimizers at their initial learning rates; the last layer's is smaller."""
     *hidden, last = model.layers
-    last_lr = args.lr * args.last_layer_lr
+    last_lr = args.lr * args.last_layer_lr  # with Muon of the weights alone; Adam has the biases
     if args.optimizer == "muon":
         groups = [
             {"params": [layer.weight for layer in hidden]},
@@ -477,7 +477,10 @@ def tie_filters(model: SRCNN) -> float:
 def load_data(
     args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[Batches, list[Pair], dict]:
-    """Return batches, evaluation pairs, and the shapes and attributes of both."""
+    """Return batches, evaluation pairs, and what last.pth stores of both.
+
+    That is "train" and "eval", which a resumed run compares, and what the summary prints.
+    """
     halo = sum(size // 2 for size in args.kernel_sizes)
     patches = H5Patches(expand_patterns(args.train_file), args.scale, halo)
     if args.batch_size % world_size or len(patches) < world_size:

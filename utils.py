@@ -522,7 +522,7 @@ class Planes:
     mode: str
 
     @property
-    def source(self) -> dict:
+    def sample_format(self) -> dict:
         """The value range and the bit depth, as h5 files and weights store them."""
         return {"range": [float(self.low), float(self.high)], "bit_depth": 8 * self.colour.itemsize}
 
@@ -578,15 +578,16 @@ def decode(
         mode = ("L" if is_grey else "RGB") + ("A" if has_alpha else "")
         values = np.atleast_3d(np.asarray(image.convert(mode))).transpose(2, 0, 1)
         values, alpha = (values[:-1], values[-1]) if has_alpha else (values, None)
+    loses_bits = image.info.get("bits", 8) > 8 and not is_deep
     if isinstance(value_range, dict):
         value_range = value_range.get(8 * values.itemsize)
-    elif value_range and image.info.get("bits", 8) > 8 and not is_deep:
+    elif value_range and loses_bits:
         raise InputError(f"{path}: 16-bit colour is read as 8 bits; --range needs greyscale images")
     if not math.isfinite(low + high):
         raise InputError(f"{path}: contains NaN or infinity; replace them by numbers")
     if value_range:
         low, high = value_range
-    elif mode in ("I", "F") and (needs_range or not high - low < 1e30):
+    elif mode in ("I", "F") and (needs_range or high - low >= 1e30):
         raise InputError(f"{path}: has values from {low:g} to {high:g}; pass --range LOW HIGH")
     elif mode == "I;16" and notes is not None and 0 < values.max() < 4096:
         notes.append("values below 4096 of 65535; --range 0 4095 reads images as 12 bits")
@@ -640,7 +641,7 @@ class Pair:
     lr: the LR image, or None where only ilr is known.
     quantum: of the HR image file, see quantize.
     greyscale: whether that is greyscale; its RGB has three equal channels.
-    source: its value range and bit depth, see Planes.source.
+    sample_format: its value range and bit depth, see Planes.sample_format.
     name: for tables.
     colour: the RGB pair of a luma pair, for the screen; None where luma is all there is.
     """
@@ -650,7 +651,7 @@ class Pair:
     lr: np.ndarray | None = None
     quantum: float = 1.0
     greyscale: bool = False
-    source: dict = field(default_factory=dict)
+    sample_format: dict = field(default_factory=dict)
     name: str = ""
     colour: "Pair | None" = None
 
@@ -736,7 +737,7 @@ def make_pair(
                 f"{lr_image.info.get('path', 'LR image')}: {lr_image.width} x {lr_image.height} "
                 f"pixels do not fit {hr_image.width} x {hr_image.height} by --scale {scale}"
             )
-    pair.greyscale, pair.source = len(planes.colour) == 1, planes.source
+    pair.greyscale, pair.sample_format = len(planes.colour) == 1, planes.sample_format
     return pair
 
 
@@ -797,11 +798,11 @@ def check_outputs(
         inputs: files that no output may overwrite; nor may two outputs be one file.
     """
     claimed = {os.path.realpath(path): path for path in inputs}
-    for source, output in outputs:
+    for asked_by, output in outputs:
         place = os.path.realpath(output)
         if place in claimed:
-            raise InputError(f"{source}: {output} would overwrite {claimed[place]}; name another")
-        claimed[place] = f"the output of {source}"
+            raise InputError(f"{asked_by}: {output} would overwrite {claimed[place]}; name another")
+        claimed[place] = f"the output of {asked_by}"
         folder = next(f for f in Path(place).parents if f.exists())
         is_folder = os.path.isdir(output) or str(output).endswith(("/", os.sep))
         if is_folder or not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -818,8 +819,8 @@ def report(error: InputError) -> None:
 
 
 @contextmanager
-def report_errors(path: object, failed: list) -> Iterator[None]:
-    """Report an InputError as one line that names `path`, note the path in `failed`."""
+def skip_on_error(path: object, failed: list) -> Iterator[None]:
+    """Report an InputError in one line that names `path`, append the path to `failed`, go on."""
     try:
         yield
     except InputError as error:
