@@ -574,9 +574,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("-s", "--scale", type=whole_scale, help="default: from the flags below, or 3")
     one_of("--network", choices=NETWORKS, help="default: by the file, 9-5-5 or a photo network")
     one_of("--weights-file", help="other weights (train.py stores their scale)")
-    add(
-        "--self-ensemble", action="store_true", help="mean of 8 flips and rotations; 8 times slower"
-    )
+    add("--self-ensemble", action="store_true", help="mean of 8 flips, rotations; 8 times slower")
     add(
         "--back-projection",
         type=number(int, 0, 101),
@@ -588,9 +586,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output and evaluation")
     add, one_of = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-o", "--output", help="file or folder (default: NAME_srcnn_xS.png beside NAME)")
-    one_of(
-        "--outscale", type=number(float, 1, 64), metavar="F", help="any factor up to 4, such as 2.5"
-    )
+    one_of("--outscale", type=number(float, 1, 64), metavar="F", help="any factor up to 4")
     one_of("--width", type=number(int, 1), metavar="N", help="of the result, in pixels")
     one_of("--height", type=number(int, 1), metavar="N", help="of the result, in pixels")
     add("--ext", metavar="png|jpg|...", help="format of the results (default: png)")

@@ -811,12 +811,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     length.add_argument("--minutes", type=number(float, 1e-3), help="length in minutes instead")
     add("--optimizer", choices=tuple(LEARNING_RATES), default="adam", help="(default: adam)")
     add("--lr", type=number(float, 0), help=f"learning rate (default: {LEARNING_RATES})")
-    add(
-        "--last-layer-lr",
-        type=number(float, 0),
-        default=0.1,
-        help="as a factor of --lr (default: 0.1)",
-    )
+    add("--last-layer-lr", type=number(float, 0), default=0.1, help="factor of --lr (default: 0.1)")
     add("--schedule", choices=("cosine", "constant"), default="cosine", help="(default: cosine)")
     add("--warmup", type=number(int, 0), default=100, help="steps (default: 100)")
     add(
@@ -839,13 +834,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--outputs-dir", default="outputs", help="(default: outputs)")
-    add(
-        "--resume",
-        nargs="?",
-        const="",
-        metavar="FILE",
-        help="continue a run (FILE: outputs-dir/xS/last.pth)",
-    )
+    add("--resume", nargs="?", const="", metavar="FILE", help="(default: outputs-dir/xS/last.pth)")
     add("--auto-resume", action="store_true", help="resume outputs-dir/xS/last.pth if it exists")
     add("--eval-every", type=number(int, 1), metavar="N", help="steps between evaluations")
     add("--save-every", type=number(int, 0), default=0, metavar="N", help="also keep epoch_N.pth")
