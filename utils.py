@@ -276,8 +276,9 @@ def match_images(
             images = {path: name for path, name in images.items() if path in results_of}
         if len(without(images, candidates)) < len(images):
             lr_images = marked(candidates, "LR")
-            candidates = lr_images or candidates
-            if results_of is not None:
+            if results_of is None:
+                candidates = lr_images or candidates
+            else:
                 candidates = without(candidates, lr_images)
             images = marked(images, "HR|GT") or images
             images = without(images, candidates) or images

@@ -792,6 +792,14 @@ def test_results_for_hr_images_that_share_a_folder_with_lr_images_are_scored(sco
     assert rows[0]["R_psnr"] == approx_psnr(np.roll(hr, 1, 0), hr)
 
 
+def test_results_that_share_a_folder_with_their_hr_and_lr_images_are_scored(scores):
+    hr = grey(0, 48, 48)
+    save("D/1_SRF_3_HR.png", hr), save("D/1_SRF_3_LR.png", noise(16, 16).astype(U8))
+    save("D/1_SRF_3_SRCNN.png", np.roll(hr, 1, 0))
+    (row,) = scores("--image-file", "D", "--lr-dir", "D", "--results", "D", "--scale", 3)
+    assert row["D_psnr"] == approx_psnr(np.roll(hr, 1, 0), hr)
+
+
 def test_a_missing_result_of_one_method_is_one_line_and_the_other_rows_are_written(call, weights):
     save_methods()
     Path("out/B/1_x3.bmp").unlink()
