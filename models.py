@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from utils import decode, fill_transparent, InputError, open_input, Planes
+from utils import decode, fill_transparent, InputError, open_input, optional_import, Planes
 from utils import resize, rgb_to_ycbcr, ycbcr_to_rgb
 
 INITS = ("identity", "gaussian", "default")
@@ -405,11 +405,11 @@ def to_onnx(model: SRCNN, scale: int) -> bytes:
     file's metadata describes them.
 
     Raises:
-        ImportError: the package onnx is not installed.
+        InputError: the package onnx is not installed.
     """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
+    with optional_import("onnx", "--export"):
+        import onnx
+        from onnx import TensorProto, helper, numpy_helper
     pads = np.array(2 * [0, 0, model.halo, model.halo], np.int64)
     tensors = {"pads": pads} | {name: w.cpu().numpy() for name, w in model.state_dict().items()}
     nodes = [helper.make_node("Pad", ["ilr", "pads"], ["x0"], mode="edge")]

@@ -17,7 +17,7 @@ import sys
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -140,21 +140,24 @@ class DeferredErrors(io.FileIO):
         set_signal_handlers(self.remember)
         super().__init__(path, "w+")
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
     def remember(self, signum: int, frame: object) -> None:
         self.signum = self.signum or signum
 
     def write(self, data: memoryview) -> None:
-        try:
+        with self.deferred():
             while len(data):
                 data = data[super().write(data) :]
-        except OSError as error:
-            self.error = self.error or error
 
     def truncate(self, size: int | None = None) -> None:
-        try:
+        with self.deferred():
             super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
 
     def check(self) -> None:
         """Raise the exception of the first signal, or the first error."""
@@ -187,9 +190,11 @@ def write_h5(path: str | Path, pairs: Iterable[tuple[object, Pair]], attributes:
                 else:
                     added = append_image(file, pair)
                 target.check()
-                if not added and name:  # that a copy is too small is no news
-                    print(f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr)
                 if not added:
+                    if name:  # that a copy is too small is no news
+                        print(
+                            f"{name}: skipped, smaller than a patch or the scale", file=sys.stderr
+                        )
                     continue
                 if sample_format not in (None, pair.sample_format):
                     raise InputError(

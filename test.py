@@ -219,9 +219,12 @@ def plan_outputs(images: dict[Path, Path], args: argparse.Namespace) -> dict[Pat
         For each image the "result" (and as "tiff" its name for values that PNG cannot store),
         and "comparison", "bicubic" and "srcnn" of --save-images.
     """
-    size_suffix = f"x{args.outscale or args.scale or 0:g}"
-    if args.width or args.height:
-        size_suffix = f"w{args.width}" if args.width else f"h{args.height}"
+    if args.width:
+        size_suffix = f"w{args.width}"
+    elif args.height:
+        size_suffix = f"h{args.height}"
+    else:
+        size_suffix = f"x{args.outscale or args.scale:g}"
     outputs: dict[Path, dict[str, Path]] = {path: {} for path in images}
     if args.save_images:
         for path, stem in unique_stems(images).items():
@@ -524,6 +527,7 @@ def write_visuals(
 
 def compare_side_by_side(visuals: dict[str, Image.Image], row: dict) -> Image.Image:
     """Return the images with their PSNR, above the magnified detail that differs most."""
+    visuals = {label: on_white(image) for label, image in visuals.items()}
     width, height = visuals["SRCNN"].size
     detail_size = max(1, width // 4), max(1, height // 4)
     box = most_different(visuals["bicubic"], visuals["SRCNN"], detail_size)
@@ -533,9 +537,8 @@ def compare_side_by_side(visuals: dict[str, Image.Image], row: dict) -> Image.Im
         method = ("upscaled" if "upscaled_psnr" in row else "srcnn") if label == "SRCNN" else label
         score_db = f" {row[f'{method}_psnr']:.2f} dB" if f"{method}_psnr" in row else ""
         draw.text((i * width + 4, 2), label + score_db, fill="black")
-        page = on_white(image)
-        canvas.paste(page, (i * width, 16))
-        detail = page.crop(box).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(image, (i * width, 16))
+        detail = image.crop(box).resize((width, height), Image.Resampling.NEAREST)
         canvas.paste(detail, (i * width, 16 + height))
     return canvas
 

@@ -31,7 +31,7 @@ from datasets import Batches, DataLoadingError, H5Patches, check_compatible, rea
 from datasets import square_symmetries
 from models import INITS, SRCNN, load_srcnn, pick_device, restore
 from utils import ArgumentParser, InputError, Pair, count_of, expand_patterns, number, open_input
-from utils import protocol_psnr, raise_exit, run, set_signal_handlers
+from utils import optional_import, protocol_psnr, raise_exit, run, set_signal_handlers
 from utils import write_csv, write_file
 
 if dist.is_available():
@@ -560,7 +560,8 @@ class RunFolder:
         self.path = Path(args.outputs_dir, f"x{args.scale}")
         self.writer, self.baseline = None, ""
         if args.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with optional_import("tensorboard", "--tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
         if args.resume:
             self.path = Path(args.resume).parent
         else:

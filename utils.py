@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -452,16 +453,21 @@ def encode_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def jpeg_quality(image: Image.Image) -> int | None:
-    """Return the quality, 1..100, of a JPEG file; None for other formats.
+    """Return libjpeg's quality, 1..100, of a JPEG file; None for other formats.
 
-    For libjpeg's tables of qualities 20 to 99 it is exact: they are those of quality 50, whose
-    entries for luma sum to 3,688, in percent. Other tables get the quality of the same sum.
+    Tables of other encoders get the quality at which libjpeg's luma table has about the same sum.
     """
     if image.format not in ("JPEG", "MPO"):
         return None
     table = image.quantization[min(image.quantization)]  # of luma
-    percent = 100 * sum(table) / 3688
-    return round(5000 / percent if percent > 100 else (200 - percent) / 2)
+    return int(np.abs(libjpeg_table_sums() - sum(table)).argmin()) + 1
+
+
+@cache  # a hundred encodings: once per run, not for each file
+def libjpeg_table_sums() -> np.ndarray:
+    """Return the sums of libjpeg's luma tables of qualities 1..100."""
+    flat = Image.new("L", (8, 8))
+    return np.array([sum(encode_jpeg(flat, q).quantization[0]) for q in range(1, 101)])
 
 
 def portable_exif(exif: Image.Exif) -> bytes:
@@ -836,6 +842,15 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+@contextmanager
+def optional_import(package: str, flag: str) -> Iterator[None]:
+    """Import inside this block what only one flag needs; say how to install it if it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{flag}: needs {package}; pip install {package}") from error
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with the script's docstring as --help, and errors of one line without the usage."""
 
@@ -912,8 +927,6 @@ def run(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
     except InputError as error:
         report(error)
-    except ImportError as error:  # a package that only one flag needs
-        report(InputError(f"{error}; install it with pip"))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it

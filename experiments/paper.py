@@ -477,7 +477,8 @@ def main(args: argparse.Namespace) -> None:
     experiments = list(EXPERIMENTS) if "all" in experiments else experiments
     path = Path(args.results or Path(__file__).with_name("results.csv"))
     set_names = {f"{Path(s).name} {plane}".strip() for s in args.sets for plane in ("", *PLANES)}
-    check_outputs([("--results", path)], [])
+    if args.results:
+        check_outputs([("--results", path)], [])
     rows = read_results(path)
     jobs = [(e, v, seed) for e in experiments for v in EXPERIMENTS[e] for seed in args.seeds]
     for i, (experiment, variant, seed) in enumerate(jobs, 1):

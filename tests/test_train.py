@@ -173,7 +173,7 @@ def test_missing_tensorboard_is_refused_before_an_older_run_is_renamed(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     result = call("train", *train_flags, "--tensorboard")
-    assert refused(result, "tensorboard", "install it with pip")
+    assert refused(result, "--tensorboard", "pip install tensorboard")
     assert tree(tmp_path) == before
 
 
